@@ -330,12 +330,11 @@ def pack(training: Path, out: Path, record: dict[str, Any]) -> None:
     (back / "verdict.json").write_text(json.dumps(record, indent=1) + "\n")
     shutil.copyfile(training / "states" / "updates.jsonl", back / "updates.jsonl")
     states = [path for path in (training / "states").glob("checkpoint-*") if path.is_dir()]
-    sources = {"adapter": training / "checkpoint", "state": training / "states" / "best"}
-    if not sources["state"].is_dir():
-        sources["state"] = max(states, key=lambda path: int(path.name.rpartition("-")[2]))
+    last = max(states, key=lambda path: int(path.name.rpartition("-")[2]))
+    sources = {"adapter": training / "checkpoint", "state": last}
     for name, folder in sources.items():
         for file in sorted(folder.iterdir()):
-            if name == "state" and file.name not in ("model.safetensors", "best.json", "trainer_state.json"):
+            if name == "state" and file.name not in ("model.safetensors", "trainer_state.json"):
                 continue  # AdamW's moments would take most of the room; training goes on from the adapter without them
             target = back / f"{name}.{file.name}"
             if file.stat().st_size <= BACK_MB * MB:

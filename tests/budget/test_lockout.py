@@ -134,7 +134,7 @@ def test_weights_that_underflow_are_no_counts():
     assert Lockout("weighted").stop(tally) is None
     scores_13 = np.array([[*log_weights, 0.0]])
     arrays = RolloutArrays(np.array([[0, 1, 0]]), None, answer_logprob_QD=scores_13, score_QD=scores_13)
-    assert statistics.picks(Weighted(1.0), arrays).tolist() == [0]
+    assert statistics.supported_picks(Weighted(1.0), arrays)[0].tolist() == [0]
 
 
 def test_it_saves_what_the_field_says_it_does():

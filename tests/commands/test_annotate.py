@@ -56,7 +56,7 @@ def test_the_same_line_goes_on_and_ends_with_the_same_labels(annotate, ltts, che
     good = shard.read_bytes()
     shard.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     mended = annotate("keep=all")
-    assert "0_on0.safetensors or its part of the index is damaged" in mended.err
+    assert "0_on0.safetensors is damaged: its questions are labelled again" in mended.err
     assert "4 of 6 questions are in" in mended.err
     for one, other in zip(AnnotationFolder(mended.last).read(), AnnotationFolder(whole.last).read(), strict=True):
         np.testing.assert_array_equal(one.labels_NT, other.labels_NT)

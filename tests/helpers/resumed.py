@@ -1,5 +1,7 @@
 """Checks that a resumed training run has the same weights as one that was never stopped."""
 
+import signal
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -7,7 +9,24 @@ from safetensors.torch import load_file
 from latent_tts.task.arith import Arith
 from latent_tts.training.reasoner import train as training
 from latent_tts.training.reasoner.optimization import ReasonerOptimization
-from latent_tts.training.states import last_state
+from latent_tts.training.reasoner.pace import Pace
+from latent_tts.training.reasoner.questions import TrainingQuestions
+from latent_tts.training.states import last_state, resumable_state
+
+
+def train(recipe, adapter, output, optimization, *, valid=8, save_every=2, report=lambda *a: None):
+    """Train on `arith` in a folder of states."""
+    task = Arith("valid", valid, None, 0)
+    return training.train(
+        adapter,
+        TrainingQuestions(Arith("train", None, None, 0).stream, task.questions(), task.rule),
+        optimization,
+        training.trainer_arguments(optimization, output, seed=0, device="cpu"),
+        Pace(recipe, save_every),
+        resumable_state(output),
+        seed=0,
+        report=report,
+    )
 
 
 def check_resume(recipe, adapter, folder, own: str) -> None:
@@ -18,18 +37,15 @@ def check_resume(recipe, adapter, folder, own: str) -> None:
 
     def stop(done, figures):
         if done == 3:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
-    def train(name, report=lambda *a: None):
-        arguments = training.trainer_arguments(recipe, optimization, folder / name, seed=0, device="cpu")
-        valid = Arith("valid", 4, None, 0).questions()
-        stream = Arith("train", None, None, 0).stream()
-        training.train(recipe, adapter, stream, valid, optimization, arguments, seed=0, save_every=100, report=report)
+    def run(name, **more):
+        train(recipe, adapter, folder / name, optimization, valid=4, save_every=100, **more)
 
     with pytest.raises(KeyboardInterrupt, match="the state after update 3 of 5 is saved"):
-        train("stopped", stop)
-    train("stopped")
-    train("whole")
+        run("stopped", report=stop)
+    run("stopped")
+    run("whole")
     a, b = (load_file(last_state(folder / name) / "model.safetensors") for name in ("stopped", "whole"))
     assert own in b
     assert all(torch.equal(a[name], b[name]) for name in b)

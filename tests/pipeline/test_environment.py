@@ -11,12 +11,9 @@ from latent_tts.pipeline import code, environment
 def not_installed(monkeypatch):
     """A checkout that runs without being installed."""
 
-    def missing(name):
-        raise metadata.PackageNotFoundError(name)
-
-    known = metadata.version
-    monkeypatch.setattr(environment, "version", lambda name: missing(name) if name == "latent-tts" else known(name))
-    monkeypatch.setattr(code, "requires", missing)
+    known = metadata.distributions
+    for module in (environment, code):
+        monkeypatch.setattr(module, "distributions", lambda name: known(name=name) if name != "latent-tts" else [])
     for cached in (environment.versions, code._own_libraries):
         cached.cache_clear()
     yield

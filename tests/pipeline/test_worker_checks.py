@@ -28,7 +28,7 @@ def new_process(monkeypatch):
     monkeypatch.setattr(worker_checks, "_checked", set())
 
     def forget():
-        for function in (code.digest_of_package, code._digest_of_rooms):
+        for function in (code.digest_of_package, code._digest_of_rooms, code._sources, code._imported_packages):
             function.cache_clear()
 
     forget()

@@ -17,8 +17,7 @@ from safetensors.numpy import load_file, save_file
 from latent_tts.errors import RunError, UsageError
 from latent_tts.results import annotations
 from latent_tts.results.annotations import FORMAT, INDEX, SETTINGS, AnnotationFolder
-from latent_tts.results.files import settings_digest, whole_file
-from latent_tts.results.parts import parquet_table
+from latent_tts.results.files import write_record
 from latent_tts.types import LabelledQuestion, UnmixedQuestion, file_digest, written_ids
 
 N, T, D, LATENT, END, PAD = 3, 4, 5, 90, 91, 0
@@ -42,11 +41,6 @@ def same(a: LabelledQuestion, b: LabelledQuestion) -> bool:
     return equal and types and (a.question_id, a.index) == (b.question_id, b.index)
 
 
-def part_of(path: Path, number: int) -> Path:
-    (part,) = path.glob(f"{number}_on0-*.parquet")
-    return part
-
-
 @pytest.fixture
 def path(tmp_path) -> Path:
     """A finished folder of two shards, with the questions out of order."""
@@ -60,7 +54,6 @@ def path(tmp_path) -> Path:
 
 def test_what_is_written_is_read_in_the_order_of_the_questions(path):
     folder = AnnotationFolder(path)
-    folder.check()
     read = list(folder.read())
     assert [got.index for got in read] == [0, 1, 3]
     assert all(same(got, want) for got, want in zip(read, [entry(0, steps=[4, 1, 2]), entry(1), entry(3)], strict=True))
@@ -72,6 +65,7 @@ def test_what_is_written_is_read_in_the_order_of_the_questions(path):
     assert index["kept"].tolist() == [True, True, False, True, False]
     assert index["share_correct"].tolist() == pytest.approx([2 / 3, 1 / 3, 1, 1 / 3, 0])
     assert index["rollouts"].tolist() == [N] * 5
+    assert pa.Table.from_pylist(folder.index(), annotations.INDEX_SCHEMA).equals(pq.read_table(path / INDEX))
 
 
 @given(st.lists(st.integers(1, 30), max_size=6), st.lists(st.integers(0, T), min_size=1, max_size=4), st.integers(0, 2))
@@ -101,20 +95,30 @@ def test_the_layout_on_disk_is_the_official_one(path):
     assert tensors["0.corrects"].dtype == np.bool_
 
 
-def test_a_shard_without_its_part_of_the_index_is_not_there(path, caplog):
-    gone = part_of(path, 1)
-    gone.unlink()
-    with pytest.raises(UsageError, match=rf"{gone.name}: is missing; `ltts annotate`"):
-        AnnotationFolder(path)  # a finished folder has all of its parts
+def test_a_shard_that_is_gone_is_named_and_labelled_again(path, caplog):
+    (path / "1_on0.safetensors").unlink()
+    with pytest.raises(UsageError, match=r"1_on0.safetensors: is missing; `ltts annotate`"):
+        AnnotationFolder(path).index()
     folder = AnnotationFolder(path, WANTED)
-    assert not (path / "1_on0.safetensors").exists()
+    assert "1_on0.safetensors is missing: its questions are labelled again" in caplog.text
     assert [got.index for got in AnnotationFolder(path).read()] == [0, 3]
-    assert f"parts are missing, such as {gone.name}" in caplog.text
     assert folder.present() == {"q0", "q3", "q4"}
     folder.add([entry(1)])
     assert not folder.complete  # until it is finished again
     assert not json.loads((path / SETTINGS).read_text())["complete"]
     assert folder.finish() == {"kept": 3, "all_correct": 0, "all_wrong": 1}
+
+
+def test_a_shard_that_the_record_does_not_list_is_not_there_and_is_replaced(path, tmp_path):
+    other = AnnotationFolder(tmp_path / "other", WANTED)
+    other.add([entry(9)])
+    shutil.copyfile(other.path / "0_on0.safetensors", path / "2_on0.safetensors")  # as when a writer is killed
+    assert [got.index for got in AnnotationFolder(path).read()] == [0, 1, 3]
+    folder = AnnotationFolder(path, WANTED)
+    assert folder.complete
+    folder.add([entry(5)])
+    assert sorted(each.name for each in path.glob("*.safetensors")) == [f"{i}_on0.safetensors" for i in range(3)]
+    assert [got.index for got in AnnotationFolder(path).read()] == [0, 1, 3, 5]
 
 
 def test_a_question_annotated_twice_counts_once_as_it_was_last(path):
@@ -124,6 +128,7 @@ def test_a_question_annotated_twice_counts_once_as_it_was_last(path):
     read = list(folder.read())
     assert [got.index for got in read] == [0, 1, 3]
     assert same(read[1], again)
+    assert same(list(AnnotationFolder(path).read())[1], again)
 
 
 @pytest.mark.parametrize(
@@ -143,21 +148,11 @@ def test_a_question_with_another_gold_answer_than_it_was_labelled_by_is_refused(
         AnnotationFolder(path, WANTED, {"q0": "5", "q1": "8"})
 
 
-def test_a_folder_of_before_there_were_gold_answers_is_read_and_not_gone_on_with(tmp_path, monkeypatch):
-    with monkeypatch.context() as before:
-        before.setattr(annotations, "FORMAT", 1)
-        before.setattr(annotations, "PART_SCHEMA", annotations.INDEX_SCHEMA)
-        written = AnnotationFolder(tmp_path / "before", WANTED)
-        written.add([entry(0)])
-        part = part_of(written.path, 0)
-        rows = pq.read_table(part).to_pylist()
-        part.rename(part.with_name("0_on0.parquet"))
-    folder = AnnotationFolder(written.path)
-    folder.check()
-    assert [got.question_id for got in folder.read()] == ["q0"]
-    assert folder.index().to_pylist() == rows
-    with pytest.raises(UsageError, match="format: 1 there, 4 now"):
-        AnnotationFolder(written.path, WANTED, {"q0": "5"})
+def test_a_folder_of_another_version_is_refused(path):
+    seal(path, settings=WANTED | {"format": FORMAT - 1})
+    for settings in (None, WANTED):
+        with pytest.raises(UsageError, match=rf"annotations\.json: format {FORMAT - 1}, written by another version"):
+            AnnotationFolder(path, settings)
 
 
 def test_official_shards_are_read_without_our_record(path, tmp_path):
@@ -170,7 +165,6 @@ def test_official_shards_are_read_without_our_record(path, tmp_path):
     again |= {"1.estimations": shard["1.estimations"] * 0, "1.corrects": shard["1.corrects"]}
     save_file(again, official / "11_on1.safetensors")  # once more, with one row of ids for all rollouts
     folder = AnnotationFolder(official)
-    folder.check()
     assert folder.official
     assert folder.counts() == {"kept": 3, "unknown": 2}
     read = list(folder.read())
@@ -180,9 +174,10 @@ def test_official_shards_are_read_without_our_record(path, tmp_path):
     assert same(replace(read[0], question_id="q0"), entry(0, steps=[4, 1, 2]))
     with pytest.raises(UsageError, match=r"holds shards but no annotations\.json"):
         AnnotationFolder(official, WANTED)
+    folder = AnnotationFolder(official)
     folder.width = D + 1
     with pytest.raises(UsageError, match=f"width {D}, must be {D + 1}"):
-        folder.check()
+        folder.index()
 
 
 def rewrite(shard: Path, **changed: np.ndarray) -> None:
@@ -192,24 +187,15 @@ def rewrite(shard: Path, **changed: np.ndarray) -> None:
     with safe_open(shard, "np") as opened:
         metadata = opened.metadata()
     save_file(load_file(shard) | {name.replace("_", ".", 1): value for name, value in changed.items()}, shard, metadata)
-    write_part(shard.parent, int(shard.name[0]))
-
-
-def write_part(path: Path, number: int) -> None:
-    """A shard's part of the index, written again for the shard as it is."""
-    part, shard = part_of(path, number), path / f"{number}_on0.safetensors"
-    rows = [row | {"digest": file_digest(shard)} for row in pq.read_table(part).to_pylist()]
-    part.unlink()
-    with whole_file(shard.with_suffix(".parquet"), add_digest=True) as partial:
-        pq.write_table(pa.Table.from_pylist(rows, schema=annotations.PART_SCHEMA), partial)
-    seal(path, parts=sorted(each.name for each in path.glob("*_on0-*.parquet")))
+    shards = json.loads((shard.parent / SETTINGS).read_text())["shards"]
+    seal(shard.parent, shards=shards | {shard.name: file_digest(shard)})
 
 
 def seal(path: Path, **changed: object) -> None:
     """Change the record of a folder, and its digest with it."""
-    record = json.loads((path / SETTINGS).read_text()) | changed
+    record = json.loads((path / SETTINGS).read_text())
     del record["digest"]
-    (path / SETTINGS).write_text(json.dumps(record | {"digest": settings_digest(record)}))
+    write_record(path / SETTINGS, record | changed)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +211,7 @@ def seal(path: Path, **changed: object) -> None:
 def test_tensors_that_do_not_fit_are_found_without_reading_them(path, name, value, words):
     rewrite(path / "0_on0.safetensors", **{name: value})
     with pytest.raises(UsageError, match=rf"0_on0\.safetensors: question q0: {words}"):
-        AnnotationFolder(path).check()
+        AnnotationFolder(path).index()
 
 
 @pytest.mark.parametrize(
@@ -265,28 +251,27 @@ def test_a_shard_that_is_cut_off(path):
     shard = path / "0_on0.safetensors"
     shard.write_bytes(shard.read_bytes()[:-50])
     with pytest.raises(UsageError, match=r"0_on0\.safetensors: is damaged; `ltts annotate`"):
-        AnnotationFolder(path).check()
+        AnnotationFolder(path).index()
 
 
-@pytest.mark.parametrize("kind", ["shard", "part"])
-def test_no_flipped_bit_passes_unseen_and_a_writer_sets_the_shard_aside(path, kind, caplog):
-    target = path / "0_on0.safetensors" if kind == "shard" else part_of(path, 0)
-    good = target.read_bytes()
+def test_no_flipped_bit_passes_unseen_and_a_writer_sets_the_shard_aside(path, caplog):
+    shard = path / "0_on0.safetensors"
+    good = shard.read_bytes()
     for place in np.random.default_rng(0).choice(8 * len(good), 80, replace=False).tolist():
         bits = bytearray(good)
         bits[place // 8] ^= 1 << place % 8
-        target.write_bytes(bits)
-        with pytest.raises(UsageError, match=rf"{target.name}: is damaged; `ltts annotate`"):
-            AnnotationFolder(path).check()
+        shard.write_bytes(bits)
+        with pytest.raises(UsageError, match=r"0_on0\.safetensors: is damaged; `ltts annotate`"):
+            AnnotationFolder(path).index()
     folder = AnnotationFolder(path, WANTED)
-    assert "0_on0.safetensors or its part of the index is damaged" in caplog.text
+    assert "0_on0.safetensors is damaged: its questions are labelled again" in caplog.text
     assert folder.present() == {"q1", "q2"}
     assert not folder.complete
-    assert len(list(path.glob("0_on0*.damaged"))) == 2
-    assert not list(path.glob("0_on0*.parquet"))
+    assert not json.loads((path / SETTINGS).read_text())["complete"]
+    assert [each.name for each in path.glob("0_on0*")] == ["0_on0.safetensors.damaged"]
     folder.add([entry(3), entry(0, steps=[4, 1, 2]), UnmixedQuestion("q4", 4, "all_wrong", N)])
     assert folder.finish() == {"kept": 3, "all_correct": 1, "all_wrong": 1}
-    AnnotationFolder(path).check()
+    assert [got.index for got in AnnotationFolder(path).read()] == [0, 1, 3]
 
 
 def test_no_flipped_bit_of_the_record_passes_unseen(path):
@@ -301,35 +286,20 @@ def test_no_flipped_bit_of_the_record_passes_unseen(path):
             assert (found.settings, found.complete) == (expected.settings, expected.complete)
 
 
-def test_a_part_that_is_none_of_a_finished_folder(path, tmp_path):
-    other = AnnotationFolder(tmp_path / "other", WANTED)
-    other.add([entry(9)])
-    shutil.copyfile(other.path / "0_on0.safetensors", path / "2_on0.safetensors")
-    shutil.copyfile(part_of(other.path, 0), path / part_of(other.path, 0).name)
-    with pytest.raises(UsageError, match=r"0_on0-.*\.parquet: is no part of this folder"):
-        AnnotationFolder(path)
-
-
 def test_a_folder_that_lost_its_record_is_no_official_one(path):
     (path / SETTINGS).unlink()
-    for settings in (None, WANTED):
-        with pytest.raises(UsageError, match=r"lacks annotations\.json, which was written with 0_on0-.*; restore it"):
-            AnnotationFolder(path, settings)
+    with pytest.raises(UsageError, match=r"lacks annotations\.json, which was written with 0_on0.*; restore it"):
+        AnnotationFolder(path).index()
+    with pytest.raises(UsageError, match=r"holds shards but no annotations\.json"):
+        AnnotationFolder(path, WANTED)
 
 
-def test_a_shard_that_is_gone(path):
-    (path / "1_on0.safetensors").unlink()
-    with pytest.raises(UsageError, match=r"names 1_on0\.safetensors, which does not exist"):
-        AnnotationFolder(path).check()
-
-
-def test_a_shard_of_another_run(path, tmp_path):
+def test_a_shard_of_another_run_is_damage(path, tmp_path):
     other = AnnotationFolder(tmp_path / "other", WANTED | {"seed": 1})
     other.add([entry(1)])
     shutil.copyfile(other.path / "0_on0.safetensors", path / "0_on0.safetensors")
-    write_part(path, 0)
-    with pytest.raises(UsageError, match=r"0_on0\.safetensors: a shard of another run"):
-        AnnotationFolder(path).check()
+    with pytest.raises(UsageError, match=r"0_on0\.safetensors: is damaged"):
+        AnnotationFolder(path).index()
 
 
 def test_what_is_no_annotation_folder(path, tmp_path):
@@ -338,28 +308,7 @@ def test_what_is_no_annotation_folder(path, tmp_path):
     for name, words in {"empty": "an empty folder", "file": "this is a file", "nosuch": "no such folder"}.items():
         with pytest.raises(UsageError, match=words):
             AnnotationFolder(tmp_path / name, key="valid_annotations")
-    (path / SETTINGS).write_text("{")
-    with pytest.raises(UsageError, match=r"annotations\.json: is not the record"):
-        AnnotationFolder(path)
-    (path / SETTINGS).write_text(json.dumps({"settings": {"format": 5}}))
-    with pytest.raises(UsageError, match="format 5, this version reads 1 to 4"):
-        AnnotationFolder(path)
-    (path / SETTINGS).write_text(json.dumps({"settings": WANTED | {"format": FORMAT}}))
-    part_of(path, 0).write_bytes(b"PAR1")
-    with pytest.raises(UsageError, match=r"0_on0-.*\.parquet: is damaged"):
-        AnnotationFolder(path).index()
-
-
-def test_threads_of_arrow_hold_no_object_of_python(tmp_path, monkeypatch):
-    """At exit, one that lets go of such an object aborts the process."""
-    pq.write_table(pa.table({"a": [1, 2]}), tmp_path / "part.parquet")
-    content, read, addresses = (tmp_path / "part.parquet").read_bytes(), pq.read_table, []
-
-    def watched(source, **options):
-        addresses.append(source.read_buffer().address)
-        source.seek(0)
-        return read(source, **options)
-
-    monkeypatch.setattr(pq, "read_table", watched)
-    assert parquet_table(content, columns=["a"]).to_pydict() == {"a": [1, 2]}
-    assert addresses != [pa.py_buffer(content).address]
+    for content in ("{", "[]", json.dumps({"settings": WANTED | {"format": FORMAT}})):
+        (path / SETTINGS).write_text(content)
+        with pytest.raises(UsageError, match=r"annotations\.json: is damaged, or not the record"):
+            AnnotationFolder(path)

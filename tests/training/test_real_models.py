@@ -216,9 +216,8 @@ def test_the_engine_validates_the_joined_weights_and_the_best_become_the_checkpo
     assert whole.code == 0, whole.err
     assert "weights of update 4 of 5; on valid: greedy accuracy 1.000, coverage at 3 0.000" in whole.err
     assert [latents for latents, _ in seen] == [0, 1, 2, 2, 2]
-    record = json.loads((place / "out" / "states" / "best" / "best.json").read_text())
-    assert record["update"] == 4
-    best = load_file(place / "out" / "states" / "best" / "model.safetensors")
+    assert {path.name for path in (place / "out" / "states").glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-5"}
+    best = load_file(place / "out" / "states" / "checkpoint-4" / "model.safetensors")
     written = load_file(whole.last / "adapter_model.safetensors")
     name = "model.layers.0.self_attn.q_proj.lora_B"
     assert written[f"base_model.model.{name}.weight"].equal(best[f"lm.{name}.default.weight"].bfloat16())

@@ -1,22 +1,15 @@
-"""What the engine says of weights in training: the figures of `ltts run`, and the best weights kept."""
+"""What the engine says of weights in training: the figures of `ltts run`."""
 
 from dataclasses import replace
 
 import pytest
 import scripted
-import torch
 
 from latent_tts.errors import UsageError
 from latent_tts.model.coconut import Coconut
 from latent_tts.text.answer import AnswerRule
 from latent_tts.training.reasoner.curriculum import Stage
-from latent_tts.training.reasoner.validation import (
-    Validation,
-    best_weights,
-    forget_best_after,
-    keep_if_best,
-    read_best,
-)
+from latent_tts.training.reasoner.validation import Validation
 from latent_tts.types import Question
 
 RULE = AnswerRule("decimal")
@@ -43,26 +36,6 @@ def test_coverage_counts_questions_that_any_rollout_answers(tmp_path):
     assert figures["eval_coverage_at_30"] == 0.5
 
 
-def test_the_best_weights_are_kept_and_equal_ones_are_not_replaced(tmp_path):
-    def offer(update, accuracy, coverage):
-        weights = {"w": torch.full((1,), float(update))}
-        return keep_if_best(tmp_path, weights, update, {"accuracy": accuracy, "coverage": coverage})
-
-    kept = [offer(1, 0.2, 0.5), offer(2, 0.2, 0.5), offer(3, 0.2, 0.6), offer(4, 0.1, 0.9), offer(5, 0.3, 0.0)]
-    assert kept == [True, False, True, False, True]
-    best = read_best(tmp_path)
-    assert best is not None
-    assert best["update"] == 5
-    for path in sorted(best_weights(tmp_path).iterdir()):
-        good = path.read_bytes()
-        for place in (len(good) // 2, len(good) - 3):
-            path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
-            with pytest.raises(UsageError, match=f"{path.name}: is (missing or )?damaged; train in another folder"):
-                best_weights(tmp_path)
-        path.write_bytes(good)
-    assert best_weights(tmp_path) == tmp_path / "best"
-
-
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -75,12 +48,3 @@ def test_the_best_weights_are_kept_and_equal_ones_are_not_replaced(tmp_path):
 def test_values_that_mean_nothing_are_refused(values, words):
     with pytest.raises(UsageError, match=words):
         Validation(**vars(SETTINGS) | values)
-
-
-def test_best_weights_of_updates_that_are_made_anew_are_removed(tmp_path):
-    keep_if_best(tmp_path, {"w": torch.zeros(1)}, 7, {"accuracy": 0.5, "coverage": 0.5})
-    forget_best_after(tmp_path, 7)
-    assert read_best(tmp_path) is not None
-    forget_best_after(tmp_path, 6)
-    assert read_best(tmp_path) is None
-    forget_best_after(tmp_path, 6)

@@ -4,7 +4,7 @@ An aggregator states its rule once, and `results.statistics` applies it to subse
 three kinds of rules, the fastest first:
 
 - `Ranking`: each rollout has a value. The share of right picks is exact for every subset size.
-- `Vote`: each rollout adds a weight to its prediction. Weights are summed along nested subsets.
+- `Vote`: each rollout adds a weight to its prediction. One table sums the weights of many subsets and questions.
 - `Picks`: anything else, such as a pick that compares the members of a subset. It is called with the members of each
   subset.
 

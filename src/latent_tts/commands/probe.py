@@ -11,11 +11,12 @@ import pandas as pd
 from omegaconf import DictConfig
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
+from latent_tts.checkpoint.draft import find_draft
 from latent_tts.config.build import build
 from latent_tts.config.requests import engine_settings
 from latent_tts.errors import check_fields, require
 from latent_tts.pipeline.probe_spec import chunks_to_try, schedules_to_try
-from latent_tts.pipeline.spec import encode_prompts, find_schedule_draft, reserved_positions
+from latent_tts.pipeline.spec import encode_prompts, reserved_positions
 from latent_tts.results import report, statistics
 from latent_tts.results.files import locked_folder, write_csv, write_text
 from latent_tts.results.plot import draw_dependencies
@@ -47,7 +48,7 @@ def main(cfg: DictConfig) -> None:
     require("model", adapter.name, adapter.latents > 0, "has no latents to probe")
     schedules = schedules_to_try(cfg.guesses, cfg.tolerances, cfg.draft, cfg.mixing, adapter)
     chunks = chunks_to_try(cfg.chunks, schedules[0], adapter)
-    draft = next((find_schedule_draft(schedule, adapter) for schedule in schedules if schedule.guess == "draft"), None)
+    draft = None if cfg.draft is None else find_draft(cfg.draft, adapter.digest, adapter.latents)
     prompts = encode_prompts(adapter, task.questions(), reserved_positions(adapter, cfg.max_answer_tokens))
     output = Path(cfg.output).expanduser()
     with locked_folder(output, "output"):

@@ -51,11 +51,10 @@ def main(cfg: DictConfig) -> None:
     with locked_folder(folder, "hydra.run.dir"), replacing_run(folder):
         rollouts = rescoring.rescore_rollouts(spec, source, record)
         tables = make_tables(spec, rollouts, settings)
-        seconds = time.perf_counter() - started
         assert rollouts.scores is not None
         write_scores(folder, tables.rollouts, rollouts.scores.step_scores())
         write_run_folder(
-            folder, spec, rollouts, tables, settings, seconds=seconds, rescored=str(source),
+            folder, spec, rollouts, tables, settings, started, rescored=str(source),
             cache=str(rollouts.cache.folder.resolve()),
         )  # fmt: skip
     if not in_sweep():

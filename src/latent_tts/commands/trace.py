@@ -17,7 +17,7 @@ from latent_tts.pipeline import rescoring
 from latent_tts.pipeline.rollouts import draw_rollouts
 from latent_tts.pipeline.running import complete_run
 from latent_tts.pipeline.spec import check_run
-from latent_tts.pipeline.trace_spec import View, check_trace, select_questions, warn_of_differences
+from latent_tts.pipeline.trace_spec import View, check_trace, select_questions, warn_of_differences, with_fixed_budget
 from latent_tts.results import report
 from latent_tts.results.cache import cache_root
 from latent_tts.results.files import locked_folder, write_text
@@ -44,7 +44,7 @@ def main(cfg: DictConfig) -> None:
     started = time.perf_counter()
     view = View(list(cfg.maps), cfg.top, cfg.threshold, cfg.directions)
     source = None if cfg.run is None else Path(cfg.run).expanduser()
-    record = {} if source is None else rescoring.read_run(source, rescoring.NEEDED | {"aggregators": dict})
+    record = {} if source is None else rescoring.read_run(source)
     merged = cfg if source is None else merged_config(cfg, record)
     request, folder, lines = run_request(merged), output_dir(), []
     if source is None:
@@ -65,8 +65,10 @@ def main(cfg: DictConfig) -> None:
                 folder, run, changed_settings(cfg),
                 started=started, keep_latents=cfg.keep_latents, keep_cache=cfg.cache != "off",
             )  # fmt: skip
-            spec = spec.with_counts(done.tables.rollouts, done.tables.budget)
-            as_drawn = run.decode == "all" and done.tables.budget is None
+            budget = done.tables.budget
+            if budget is not None:
+                spec = replace(spec, run=with_fixed_budget(spec.run, budget["used"].tolist()))
+            as_drawn = run.decode == "all" and budget is None
             rollouts = done.rollouts if as_drawn else draw_rollouts(spec.run)
             lines = done.notes(run)
         else:

@@ -15,12 +15,7 @@ from latent_tts.config.reference import user_conf_dir
 from latent_tts.config.requests import drawing_options, engine_settings
 from latent_tts.errors import bad_value, check_fields, check_seed, require
 from latent_tts.pipeline import environment
-from latent_tts.pipeline.spec import (
-    BYTES_PER_NUMBER,
-    encode_prompts,
-    full_dtype,
-    reserved_positions,
-)
+from latent_tts.pipeline.spec import BYTES_PER_NUMBER, SHORT_DTYPES, encode_prompts, reserved_positions
 from latent_tts.results import report
 from latent_tts.results.files import write_text
 
@@ -77,7 +72,7 @@ def check_values(cfg: DictConfig) -> Sequence[str]:
     check_seed(cfg.seed)
     allowed = f"must be a list out of {', '.join(BYTES_PER_NUMBER)}"
     require("dtypes", "[]", len(cfg.dtypes) > 0, allowed)
-    dtypes = [full_dtype(dtype) for dtype in cfg.dtypes]
+    dtypes = [SHORT_DTYPES.get(dtype, dtype) for dtype in map(str, cfg.dtypes)]
     for dtype in dtypes:
         require("dtypes", dtype, dtype in BYTES_PER_NUMBER, allowed)
     return dtypes

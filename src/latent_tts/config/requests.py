@@ -158,7 +158,7 @@ def annotated_run(cfg: DictConfig, valid: AnnotationFolder) -> DictConfig | None
     try:
         run.model = OmegaConf.to_container(cfg.model, resolve=True)
         run.task, run.sampler = recorded("task", valid.task, cfg), recorded("sampler", made["sampler"], cfg)
-        run.task.limit = 1 + max(valid.index()["index"].to_pylist())  # not all of them, where `annotate` was stopped
+        run.task.limit = 1 + max(row["index"] for row in valid.index())  # not all of them, where `annotate` was stopped
         run.n, run.seed, run.max_answer_tokens = made["n"], made["seed"], made["max_answer_tokens"]
         run.engine.dtype, run.engine.quantize = made["dtype"], made.get("quantize")
         run.answer = OmegaConf.merge(run.answer, AS_ANNOTATED, literal(made.get("answer", {})))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -19,7 +18,7 @@ from latent_tts.pipeline.spec import (
 )
 from latent_tts.results import report
 from latent_tts.results.annotations import SETTINGS, AnnotationFolder
-from latent_tts.results.files import launch_rank, locked_folder, written_in_parts
+from latent_tts.results.files import launch_rank, locked_folder, read_record, written_in_parts
 from latent_tts.results.timeline import Span, write_timeline
 from latent_tts.task import questions_of, require_gold
 from latent_tts.types import Question
@@ -67,11 +66,11 @@ def _wait_for_first_process(spec: AnnotationSpec, wanted: set[str]) -> None:
         RunError: the process that started this one is gone.
     """
     log.info("process %d: waiting for process 0 to annotate %s", launch_rank(), spec.output)
-    settings, launcher = json.loads(json.dumps(spec.settings)), os.getppid()
+    launcher = os.getppid()
     while True:
-        if (spec.output / SETTINGS).is_file():
-            folder = AnnotationFolder(spec.output, key="output") if any(spec.output.glob("*.parquet")) else None
-            if folder is not None and folder.complete and folder.made_with(settings) and wanted <= folder.present():
+        if (read_record(spec.output / SETTINGS) or {}).get("complete"):
+            folder = AnnotationFolder(spec.output, key="output")
+            if folder.made_with(spec.settings) and wanted <= folder.present():
                 return
         if os.getppid() != launcher:
             raise RunError(f"process 0 ended before {spec.output} was complete; re-run the command to resume")

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from latent_tts.engine.cost import Shape
-from latent_tts.errors import check_seed, require
+from latent_tts.errors import check_fields, check_seed, require
 from latent_tts.pipeline.code import DRAWING, code_digests
-from latent_tts.pipeline.keys import ENGINE_SEMANTICS, own_fields
+from latent_tts.pipeline.keys import own_fields
 from latent_tts.pipeline.spec import DrawingRequest, check_sampler, refuse_early_exit, require_steps, settle_schedule
 from latent_tts.results.annotations import FORMAT
 from latent_tts.types import Question
@@ -59,7 +59,7 @@ class AnnotationSpec(DrawingRequest):
         self.executor.check(self.engine.device)
         allowed = f"must be 1 or more, less than {MAX_LABELLED}"
         require("completions", self.completions, 1 <= self.completions < MAX_LABELLED, allowed)
-        require("keep", self.keep, self.keep in KEEP, f"must be one of {', '.join(KEEP)}")
+        check_fields("", self, keep=KEEP)
         allowed = "must be one whose latents differ: gaussian, or dropout in prompt or thoughts"
         require("sampler", sampler.name, bool(sampler.random_latents), allowed)
         adapter.check()
@@ -75,7 +75,6 @@ class AnnotationSpec(DrawingRequest):
         adapter, engine = self.adapter, self.engine
         return {
             "format": FORMAT,
-            "semantics": ENGINE_SEMANTICS[engine.dtype],
             "reasoner": adapter.digest,
             "reasoner_name": adapter.name,
             "prompt": adapter.prompt_recipe,

@@ -11,9 +11,8 @@ import numpy as np
 
 from latent_tts.pipeline.running import RunResult
 from latent_tts.pipeline.spec import RunSpec
-from latent_tts.results import report, statistics
+from latent_tts.results import report
 from latent_tts.results.cache import NOT_DECODED
-from latent_tts.results.metrics import answer_codes
 from latent_tts.results.trace import UNREADABLE
 from latent_tts.text.classes import shared_forms
 
@@ -55,18 +54,22 @@ def describe_answers(spec: RunSpec, done: RunResult) -> list[dict[str, Any]]:
         seconds = seconds + done.rollouts.winners.decoding["seconds"].fillna(0).to_numpy(dtype=float)
     seconds_Q = np.bincount(rollouts["question_index"], seconds, len(spec.questions))
     lines = []
-    for line in done.tables.answers:
+    for line, spent, gflops in zip(done.tables.answers, seconds_Q, done.tables.gflops_Q, strict=True):
         drawn = rollouts[rollouts["question_index"] == line["index"]]
         own = drawn[drawn["rollout"] < line["rollouts"]]
         predictions = own["prediction"][own["stop_reason"] != NOT_DECODED].tolist()
         votes = count_votes(predictions)
-        costs = {"seconds": float(seconds_Q[line["index"]]), "gflops": float(done.tables.gflops_Q[line["index"]])}
-        agreement = None
-        if spec.decode == "all":
-            agreement = float(statistics.agreement(answer_codes(predictions)[None], len(predictions))[0])
-        counted = {"votes": votes, "unreadable": predictions.count(None), "agreement": agreement}
-        counted["rollouts_drawn"] = len(drawn)
-        lines.append(line | counted | costs)
+        lines.append(
+            {
+                **line,
+                "votes": votes,
+                "unreadable": predictions.count(None),
+                "agreement": max(votes.values(), default=0) / len(predictions) if spec.decode == "all" else None,
+                "rollouts_drawn": len(drawn),
+                "seconds": float(spent),
+                "gflops": float(gflops),
+            }
+        )
     return lines
 
 
@@ -85,7 +88,6 @@ def print_answer(line: dict[str, Any]) -> None:
     """Print a table of a question's picks, with votes and costs below it; see `describe_answers`."""
     picks = line["picks"]
     rows = list(picks.values())
-    names = report.Column("picked by", list(picks), left=True)
     columns = [
         report.Column("answer", [UNREADABLE if pick["answer"] is None else pick["answer"] for pick in rows]),
         report.Column("share or score", [_support(pick) for pick in rows]),
@@ -98,12 +100,12 @@ def print_answer(line: dict[str, Any]) -> None:
         drawn += f" ({line['rollouts']} used)"
     notes = [f"right answer: {line['gold']}"] if "gold" in line else []
     if line["agreement"] is not None:
-        votes = votes_text(line["votes"], line["unreadable"])
-        notes.append(f"votes: {votes}; agreement {100 * line['agreement']:.0f} %")
+        counts = votes_text(line["votes"], line["unreadable"])
+        notes.append(f"votes: {counts}; agreement {100 * line['agreement']:.0f} %")
     if "certificate" in line:
         notes.append(f"certificate: {line['certificate']}")
     notes.append(f"{drawn}: {line['seconds']:.2g} s, {line['gflops']:.3g} GFLOP")
-    report.print_columns(line["question"], [names], columns, notes)
+    report.print_columns(line["question"], [report.Column("picked by", list(picks), left=True)], columns, notes)
 
 
 def _support(pick: dict[str, Any]) -> str:

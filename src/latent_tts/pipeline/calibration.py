@@ -46,14 +46,16 @@ def calibrate_on_run(
     """
     folder = Path(str(rule.calibration)).expanduser()
     require(KEY, folder, is_complete(folder), f"must be the folder of a completed run; it has no {RUN_JSON}")
-    needed = {f"config.{group}": dict for group in ("model", "sampler", "search", "answer", "scorer")}
-    record = read_run_json(folder, {"checkpoint_digest": str, **needed})
+    groups = ("config.model", "config.sampler", "config.search", "config.answer", "config.scorer")
+    record = read_run_json(folder, {"checkpoint_digest": str, **dict.fromkeys(groups, dict)})
     _check_run(rule, folder, record, config, schedule, digests)
     rollouts = read_rollouts(folder)
     shared = set(rollouts["question_id"]) & set(questions)
     if shared:
-        why = f"has {len(shared)} of the questions that this run reports, such as {min(shared)}"
-        raise bad_value(KEY, folder, f"{why}\ncalibrate on others, as on task.split=valid")
+        raise bad_value(
+            KEY, folder, f"has {len(shared)} of the questions that this run reports, such as {min(shared)}\n"
+            "calibrate on others, as on task.split=valid",
+        )  # fmt: skip
     groups = rollouts.sort_values("rollout", kind="stable").groupby("question_id", sort=False)
     try:
         return calibrate([_tally(rows, temperature) for _, rows in groups], rule.by)
@@ -70,24 +72,27 @@ def _check_run(
     digests: Mapping[str, str | None],
 ) -> None:
     """Check that a run's rollouts and scores are of the kind that the rule will see; see `calibrate_on_run`."""
-    scored = (record.get("scorer") or {}).get("digest")
+    theirs, ours = record.get("schedule"), json.loads(json.dumps(schedule_key(schedule)))
+    groups = ["model", "sampler", "search", "answer", "max_answer_tokens", *(["scorer"] if rule.needs_score else [])]
     problems = {
         "that run used another checkpoint; calibrate on a run of this one": (
             record["checkpoint_digest"] != digests["model"]
         ),
         "its rollouts have no answers (answer.decode=winners)": record["config"]["answer"].get("decode") == "winners",
         "its budget stopped questions early; calibrate on a run with all n rollouts": read_budget(folder) is not None,
+        **{
+            f"that run used another {group}, or other settings of it; calibrate on one of this": (
+                _settings(record["config"], group) != _settings(config, group)
+            )
+            for group in groups
+        },
+        f"that run used the schedule {schedule_text(theirs)}; calibrate on one of {schedule_text(ours)}": (
+            theirs != ours
+        ),
+        "that run used another scorer; calibrate on a run with this one": (
+            rule.needs_score and (record.get("scorer") or {}).get("digest") != digests["scorer"]
+        ),
     }
-    groups = ["model", "sampler", "search", "answer", "max_answer_tokens", *(["scorer"] if rule.needs_score else [])]
-    for group in groups:
-        problem = f"that run used another {group}, or other settings of it; calibrate on one of this"
-        problems[problem] = _settings(record["config"], group) != _settings(config, group)
-    theirs, ours = record.get("schedule"), json.loads(json.dumps(schedule_key(schedule)))
-    problem = f"that run used the schedule {schedule_text(theirs)}; calibrate on one of {schedule_text(ours)}"
-    problems[problem] = theirs not in (None, ours)  # earlier versions do not say it
-    problems["that run used another scorer; calibrate on a run with this one"] = (
-        rule.needs_score and scored != digests["scorer"]
-    )
     for problem, is_so in problems.items():
         require(KEY, folder, not is_so, problem)
     for name in ("dtype", "quantize"):

@@ -20,7 +20,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from latent_tts.engine.cost import BatchCost, Rates, Shape
+from latent_tts.engine.cost import Rates, Shape, batch_costs
 from latent_tts.engine.device import (
     compute_in_batches,
     device_name,
@@ -484,11 +484,11 @@ class Drawer:
     def _minimum_work(self, batch: Sequence[RolloutJob], rollouts: Rollouts, *, answers: bool) -> Columns:
         """Each row's share of the least time and bytes that drawing a batch takes."""
         begun = len(self.spec.forced_ids)
-        least = BatchCost(
-            passes=self.spec.passes,
-            item=self.engine.lm.dtype.itemsize,
-            prompts_Q=np.array([len(job.prompt) for job in batch]),
-            steps_R=rollouts.steps_R.numpy(),
-            answers_R=np.array([len(ids) - begun for ids in rollouts.answer_ids]) if answers else None,
+        least = batch_costs(
+            self.spec.passes,
+            self.engine.lm.dtype.itemsize,
+            np.array([len(job.prompt) for job in batch]),
+            rollouts.steps_R.numpy(),
+            np.array([len(ids) - begun for ids in rollouts.answer_ids]) if answers else None,
         )
-        return least_columns(least.parts(), self.rates, len(rollouts.answer_ids))
+        return least_columns(least, self.rates, len(rollouts.answer_ids))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 MIN_ROWS = 64
 MAX_REPEATS = 3
 WORSE, MAX_WORSE = 0.97, 2  # rates below this share of the best count as worse; so many in a row end a dtype
-SEARCH = Independent()
 
 
 @dataclass(frozen=True)
@@ -76,16 +75,17 @@ def measure(
     suffix = reserved_positions(adapter, max_answer_tokens)
     longest, own_prompt = max(map(len, prompts.values())), "prompt" in sampler.random_phases
     jobs = [RolloutJob(key, key, prompt, list(range(n))) for key, prompt in prompts.items()]
-    plan = rollout_plan(adapter, max_answer_tokens, adapter.own_schedule)
     measurements: list[Measurement] = []
     expected: dict[int, list[list[int]]] = {}  # answers of the first dtype, by rows
     with computing("measuring", "nothing was written"):
         for chosen in settings:
-            engine = open_engine(load_reasoner(adapter, chosen, device, longest=longest + suffix), plan, chosen)
+            reasoner = load_reasoner(adapter, chosen, device, longest=longest + suffix)
+            engine = open_engine(reasoner, rollout_plan(adapter, max_answer_tokens, adapter.own_schedule), chosen)
             bytes_per_row = row_bytes(shape, longest, suffix, chosen.bytes_per_number, own_prompt)
             deadline, best, same = time.perf_counter() + seconds / len(settings), 0.0, 1.0
             worse = 0
-            for rows in rows_to_try(len(jobs) * n, bytes_per_row, device):
+            most = max(MIN_ROWS, rows_that_fit(len(jobs) * n, bytes_per_row, device))
+            for rows in (MIN_ROWS << doubled for doubled in range((most // MIN_ROWS).bit_length())):
                 try:
                     taken, rollouts = _seconds(partial(_draw, engine, jobs, rows, sampler, seed), deadline)
                 except torch.OutOfMemoryError:
@@ -108,18 +108,10 @@ def measure(
     return measurements
 
 
-def rows_to_try(rollouts: int, bytes_per_row: int, device: str) -> Iterator[int]:
-    """Numbers of rows to measure, doubled each time, as long as there are rollouts and memory for them."""
-    rows = MIN_ROWS
-    yield rows
-    while 2 * rows <= rollouts and rows_that_fit(2 * rows, bytes_per_row, device) == 2 * rows:
-        rows *= 2
-        yield rows
-
-
 def _draw(engine: Engine, jobs: Sequence[RolloutJob], rows: int, sampler: Sampler, seed: int) -> Rollouts:
     """One batch."""
-    return SEARCH.roll(engine, next(batches(jobs, rows, max_prompts(engine.width, engine.device.type))), sampler, seed)
+    batch = next(batches(jobs, rows, max_prompts(engine.width, engine.device.type)))
+    return Independent().roll(engine, batch, sampler, seed)
 
 
 def _seconds(draw: Callable[[], Rollouts], deadline: float) -> tuple[float, Rollouts]:

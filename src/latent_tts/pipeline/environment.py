@@ -7,27 +7,21 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
+
+ALWAYS_USED = ("latent-tts", "torch", "transformers", "tokenizers", "numpy", "pandas", "hydra-core")
 
 
 @cache
 def versions(*, quantized: bool) -> Mapping[str, str]:
     """Versions of what a result depends on, and the commit where there is one, as they were at the first call."""
-    names = ["latent-tts", "torch", "transformers", "tokenizers", "numpy", "pandas", "hydra-core"]
     optional = {"math-verify": find_spec("math_verify") is not None, "torchao": quantized}
-    names += [name for name, is_used in optional.items() if is_used]
-    return {"python": platform.python_version(), **{name: _version(name) for name in names}, **commit()}
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:  # a checkout can run without being installed
-        if name != "latent-tts":
-            raise
-        return "not installed"
+    names = [*ALWAYS_USED, *(name for name, is_used in optional.items() if is_used)]
+    # a checkout can run without being installed
+    known = {name: next((each.version for each in distributions(name=name)), "not installed") for name in names}
+    return {"python": platform.python_version(), **known, **commit()}
 
 
 def machine() -> dict[str, str]:

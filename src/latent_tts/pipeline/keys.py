@@ -16,11 +16,9 @@ from latent_tts.pipeline.spec import RunSpec
 from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.types import Computation
 
-FORMAT = 3  # of cache entries; those of others are not read
-# part of every cache key: raised when the same settings give other rollouts, for a reason that is not in their code
-ENGINE_SEMANTICS = {"float32": 2, "bfloat16": 3, "float16": 3}
-SCORING_SEMANTICS = 2  # the same for step scores
-COMPARING_SEMANTICS = 2  # the same for `dissimilarity`
+# of cache entries; those of others are not read. Raised when the same settings give other rollouts or scores for a
+# reason that is not in their code
+FORMAT = 4
 
 
 def rollout_key(spec: RunSpec, computation: Computation, scoring: Computation | None) -> dict[str, Any]:
@@ -34,14 +32,12 @@ def rollout_key(spec: RunSpec, computation: Computation, scoring: Computation | 
     Raises:
         UsageError: a field of the model has a value that cannot be told from another.
     """
-    drawing = (spec.adapter, spec.sampler, spec.schedule, spec.search)
+    options = (spec.adapter, spec.sampler, spec.schedule, spec.search)
     key = {
         "format": FORMAT,
-        "semantics": ENGINE_SEMANTICS[spec.engine.dtype],
-        "compared": COMPARING_SEMANTICS,
         **model_key(spec.adapter),
         "computation": computation.way,
-        "code": code_digests(drawing, [spec.config.get(name) for name in DRAWING], DRAWING),
+        "code": code_digests(options, [spec.config.get(name) for name in DRAWING], DRAWING),
         "sampler": spec.config["sampler"],
         "seed": spec.seed,
         "schedule": spec.schedule.key,
@@ -56,21 +52,20 @@ def rollout_key(spec: RunSpec, computation: Computation, scoring: Computation | 
     if not spec.guided:
         return key
     assert scoring is not None
-    scored_by = score_key(spec.given_scorer, spec.engine.dtype, spec.n, scoring)
-    return key | {"scorer": scored_by, "reduce": spec.given_scorer.reduction}
+    scorer = spec.given_scorer
+    return key | {"scorer": score_key(scorer, spec.engine.dtype, spec.n, scoring), "reduce": scorer.reduction}
 
 
 def is_current(key: Mapping[str, Any]) -> bool:
     """Whether this version of the code reads cache entries of a key; code of other packages is not asked for."""
-    own = key.get("code") or {}
-    return key.get("format") == FORMAT and own.get(PACKAGE) == code_digests([], [], DRAWING)[PACKAGE]
+    own = (key.get("code") or {}).get(PACKAGE)
+    return key.get("format") == FORMAT and own == code_digests([], [], DRAWING)[PACKAGE]
 
 
 def latents_key(spec: RunSpec, computation: Computation, scoring: Computation | None) -> dict[str, Any]:
     """The key of latents alone: without what determines answers."""
-    about_answers = ("max_answer_tokens", "answer", "forced_ids")
-    key = rollout_key(spec, computation, scoring)
-    return {name: value for name, value in key.items() if name not in about_answers} | {"answers": "none"}
+    key = rollout_key(spec, computation, scoring) | {"answers": "none"}
+    return {name: key[name] for name in key if name not in ("max_answer_tokens", "answer", "forced_ids")}
 
 
 def model_key(adapter: CheckpointAdapter) -> dict[str, Any]:
@@ -101,9 +96,8 @@ def score_key(scorer: LatentRM, dtype: str, n: int, computation: Computation) ->
     Raises:
         UsageError: a field of the scorer has a value that cannot be told from another.
     """
-    key = {
+    return {
         "format": FORMAT,
-        "semantics": SCORING_SEMANTICS,
         "computation": computation.attention,
         "checkpoint": scorer.digest,
         "scorer": f"{type(scorer).__module__}.{type(scorer).__qualname__}",
@@ -111,8 +105,8 @@ def score_key(scorer: LatentRM, dtype: str, n: int, computation: Computation) ->
         "code": code_digests([scorer], [], SCORING),
         "positions": scorer.positions,
         "dtype": dtype,
+        **({"n": n} if scorer.positions == "official" else {}),
     }
-    return key | ({"n": n} if scorer.positions == "official" else {})
 
 
 def own_fields(group: str, option: Any) -> dict[str, Any]:
@@ -125,8 +119,11 @@ def own_fields(group: str, option: Any) -> dict[str, Any]:
     names = {field.name for field in fields(kind)} if is_dataclass(kind) else set()
     names |= set(getattr(option, "__dict__", ()))
     names -= FIELDS_NOT_IN_KEY[group] | computed_attributes(kind)
-    values = {name: getattr(option, name) for name in sorted(names)}
-    return {name: _plain(f"{group}.{name}", value) for name, value in values.items() if not isinstance(value, Path)}
+    return {
+        name: _plain(f"{group}.{name}", getattr(option, name))
+        for name in sorted(names)
+        if not isinstance(getattr(option, name), Path)
+    }
 
 
 def _plain(key: str, value: Any) -> Any:

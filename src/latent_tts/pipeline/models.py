@@ -31,6 +31,12 @@ from latent_tts.types import Computation, Reasoner, RewardModel
 
 log = logging.getLogger(__name__)
 _loaded: dict[str, tuple[tuple[str | None, ...], Any]] = {}
+WORDS = {  # of a `Computation`, in a warning
+    "shared-prefix": "shared-prefix attention",
+    "transformers": "transformers' own attention and cache, which is slower",
+    "head": "",
+    "model": " and the model's own logits",
+}
 
 
 def load_reasoner(
@@ -56,8 +62,8 @@ def load_reasoner(
             quantization.quantize(reasoner.lm, engine.quantize)
         return reasoner
 
-    longest = adapter.positions if longest is None else longest
     where = ("model.checkpoint", adapter.checkpoint)
+    longest = adapter.positions if longest is None else longest
     return _keep_proven("model", adapter.name, where, key, load, prove_reasoner, longest)
 
 
@@ -83,8 +89,8 @@ def load_scorer_of(spec: RunSpec) -> RewardModel:
 def _kind(group: str, option: CheckpointAdapter | LatentRM) -> str:
     """The class of an option, and the fields that its model may depend on; in this package models depend on none."""
     kind = type(option)
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    return name if name.startswith(f"{PACKAGE}.") else f"{name} {json.dumps(own_fields(group, option), sort_keys=True)}"
+    fields = {} if kind.__module__.startswith(f"{PACKAGE}.") else own_fields(group, option)
+    return f"{kind.__module__}.{kind.__qualname__} {json.dumps(fields, sort_keys=True)}"
 
 
 def _keep_proven(
@@ -97,7 +103,6 @@ def _keep_proven(
     longest: int,
 ) -> Any:
     model = _keep(kind, key, load)
-    proof = (*key, str(longest))
 
     def computation() -> Computation:
         try:
@@ -107,24 +112,16 @@ def _keep_proven(
         except RunError as error:
             raise RunError(f"{where[0]}={where[1]}: {error}") from error
         if found.reason:
-            log.warning("%s: computed with %s: %s", name, describe_computation(found), found.reason)
+            log.warning("%s: computed with %s%s: %s", name, WORDS[found.attention], WORDS[found.logits], found.reason)
         return found
 
-    return replace(model, computation=_keep(f"{kind}'s proof", proof, computation))
+    return replace(model, computation=_keep(f"{kind}'s proof", (*key, str(longest)), computation))
 
 
-def describe_computation(computation: Computation) -> str:
-    """How a model is computed, for people."""
-    attention = "shared-prefix attention"
-    if computation.attention == "transformers":
-        attention = "transformers' own attention and cache, which is slower"
-    return attention + (" and the model's own logits" if computation.logits == "model" else "")
-
-
-def _keep(kind: str, key: tuple[str | None, ...], load: Any) -> Any:
+def _keep(kind: str, key: tuple[str | None, ...], make: Callable[[], Any]) -> Any:
     if kind not in _loaded or _loaded[kind][0] != key:
         _loaded.pop(kind, None)
-        _loaded[kind] = key, load()
+        _loaded[kind] = key, make()
     return _loaded[kind][1]
 
 
@@ -135,10 +132,8 @@ def find_device(engine: EngineSettings) -> str:
         UsageError: there is no such device, or it cannot do `engine.quantize`.
     """
     device = resolve_device("engine.device", engine.device)
-    on_gpu = device.startswith("cuda")
-    require(
-        "engine.graph", engine.graph, on_gpu or engine.graph != "on", f"graphs need CUDA, this is {device}: auto or off"
-    )
+    if not is_gpu(device):
+        refuse_graphs(engine, f"graphs need CUDA, this is {device}")
     if engine.quantize is not None:
         quantization.check_products(engine.quantize, device)
     return device

@@ -64,8 +64,9 @@ def chosen_guesses(given: Sequence[str] | None, draft: str | None, adapter: Chec
         return [*(["token"] if _has_latent_token(adapter) else []), "zero", *(["draft"] if draft else [])]
     allowed = ", ".join(GUESSES)
     require("guesses", "[]", len(given) > 0, f"must be a list of {allowed}")
-    usable = all(guess in GUESSES for guess in given)
-    require("guesses", f"[{','.join(given)}]", usable, f"must be of {allowed}: a probe has no sibling rollouts")
+    require(
+        "guesses", list(given), set(given) <= set(GUESSES), f"must be of {allowed}: a probe has no sibling rollouts"
+    )
     require("draft", draft, draft is None or "draft" in given, "must be null where draft is none of guesses")
     return list(dict.fromkeys(given))
 

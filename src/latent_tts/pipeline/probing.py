@@ -67,15 +67,13 @@ class Probe:
 
     def explained(self, schedule: Speculative) -> float:
         """R squared of sweeps on growth over questions; NaN where one of them is the same for all."""
-        both = self.questions[["growth", f"sweeps_{label(schedule)}"]].dropna()
-        if len(both) < 3 or (both.nunique() < 2).any():
-            return float("nan")
-        return float(np.corrcoef(both.to_numpy().T)[0, 1] ** 2)
+        both = self.questions[["growth", f"sweeps_{label(schedule)}"]]
+        return float(both.corr(min_periods=3).to_numpy()[0, 1] ** 2)
 
     def pays(self, schedule: Speculative) -> bool:
         """Whether it commits enough latents per sweep and changes few answers."""
-        enough = self.commits_per_sweep(schedule) > MIN_COMMITS_PER_SWEEP
-        return enough and bool(self.column("equal", schedule).mean() >= MIN_EQUAL)
+        equal = float(self.column("equal", schedule).mean())
+        return self.commits_per_sweep(schedule) > MIN_COMMITS_PER_SWEEP and equal >= MIN_EQUAL
 
     @property
     def best(self) -> Speculative | None:
@@ -95,8 +93,8 @@ class Probe:
 
 def label(schedule: Speculative) -> str:
     """What the columns of a schedule are called: GUESS_TOLERANCE, or GUESS_TOLERANCE_CHUNK."""
-    parts = [schedule.guess, f"{schedule.tolerance:g}", *([] if schedule.chunk is None else [str(schedule.chunk)])]
-    return "_".join(parts)
+    chunk = [] if schedule.chunk is None else [str(schedule.chunk)]
+    return "_".join([schedule.guess, f"{schedule.tolerance:g}", *chunk])
 
 
 def probe(
@@ -167,18 +165,11 @@ def probe(
             path = len(found.critical_path(threshold))
             row |= {"critical_path": path, "potential": steps / max(path, 1), "growth": found.growth}
             bar.advance(1)
-        found = Probe(pd.DataFrame(rows), _mean(relative), schedules, chunked, device=torch.device(device).type)
+        mean_TT = np.ma.masked_invalid(relative).mean(axis=0).filled(np.nan)
+        found = Probe(pd.DataFrame(rows), mean_TT, schedules, chunked, device=torch.device(device).type)
         if (recommended := found.recommended) is None:
             return found
         return replace(found, ratios=time_ratios(sequential, engines[recommended], prompts))
-
-
-def _mean(relative_QTT: np.ndarray) -> np.ndarray:
-    """The mean over the questions that have both latents; NaN where none has."""
-    some_TT = np.isfinite(relative_QTT).any(0)
-    mean_TT = np.full(some_TT.shape, np.nan)
-    mean_TT[some_TT] = np.nanmean(relative_QTT[:, some_TT], axis=0)
-    return mean_TT
 
 
 def time_ratios(sequential: Engine, parallel: Engine, prompts: Mapping[str, list[int]]) -> dict[int, float]:

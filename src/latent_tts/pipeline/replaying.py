@@ -13,18 +13,13 @@ from latent_tts.budget import is_adaptive, play
 from latent_tts.errors import RunError, require
 from latent_tts.pipeline import rescoring
 from latent_tts.pipeline.rollouts import CachedRollouts, entries
-from latent_tts.pipeline.rounds import AnswerReader, Outcome, Tallying, adaptive_figures, budget_table
+from latent_tts.pipeline.rounds import AnswerReader, Outcome, Tallying
 from latent_tts.pipeline.running import write_tables
 from latent_tts.pipeline.scores import check_range
 from latent_tts.pipeline.spec import RunSpec
-from latent_tts.pipeline.tables import RunTables, run_columns, stopped_answer_lines
+from latent_tts.pipeline.tables import RunTables, make_outcome_tables
 from latent_tts.results.cache import MEASURED
-from latent_tts.results.metrics import metric_rows
-from latent_tts.results.run_folder import (
-    read_budget,
-    read_rollouts,
-    write_run_json,
-)
+from latent_tts.results.run_folder import read_budget, read_rollouts, write_run_json
 from latent_tts.types import Floats
 
 
@@ -41,12 +36,6 @@ def read_record(source: Path) -> dict[str, Any]:
         read_budget(source) is None,
         "must be a run with all n rollouts of each question; its budget stopped earlier",
     )
-    require(
-        "run",
-        source,
-        isinstance(record["config"].get("n"), int) and isinstance(record.get("aggregators"), dict),
-        "its run.json lacks n or aggregators; repeat the run with ltts run",
-    )
     return record
 
 
@@ -56,8 +45,12 @@ def check_spec(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> None:
     Raises:
         UsageError: it does not look at rollouts, or the checkpoint has changed since the run.
     """
-    allowed = "must be adaptive or shared: those look at rollouts; the run's own table has the figures of the others"
-    require("budget", spec.budget.name, is_adaptive(spec.budget), allowed)
+    require(
+        "budget",
+        spec.budget.name,
+        spec.budget.adaptive,
+        "must be adaptive or shared: those look at rollouts; the run's own table has the figures of the others",
+    )
     rescoring.require_same_weights(spec, source, record)
 
 
@@ -103,11 +96,7 @@ def replay(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> RunTables:
     spec = replace(spec, counts=outcome.counts)
     drawn["question_index"] = np.arange(len(spec.questions), dtype="int32").repeat(spec.table_counts)
     drawn["seconds"] = recorded_seconds(spec)
-    budget = budget_table(spec, outcome, drawn)
-    figures = adaptive_figures(spec, outcome, drawn, budget)
-    answers = stopped_answer_lines(spec, drawn, outcome.stops)
-    metrics = metric_rows(figures, run_columns(spec, record["settings"]))
-    return RunTables(drawn, answers, metrics, figures[0].per_question["gflops", ""], budget)
+    return make_outcome_tables(spec, drawn, outcome, record["settings"])
 
 
 def recorded_seconds(spec: RunSpec) -> Floats | float:
@@ -124,7 +113,6 @@ def write_folder(
     folder: Path, spec: RunSpec, tables: RunTables, record: Mapping[str, Any], source: Path, seconds: float
 ) -> None:
     """Write the folder of a replay; what is not of the budget is as in the run's own `run.json`."""
-    kept = {key: value for key, value in record.items() if key not in ("files", "format", "rollouts", "seconds")}
     own = {
         "config": spec.config,
         "replayed": str(source),
@@ -132,4 +120,4 @@ def write_folder(
         "seconds": {"this_command": seconds},
         **write_tables(folder, tables),
     }
-    write_run_json(folder, kept | own)
+    write_run_json(folder, {key: record[key] for key in record if key not in ("files", "format")} | own)

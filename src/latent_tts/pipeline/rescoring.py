@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from latent_tts.budget import is_adaptive
 from latent_tts.errors import RunError, require
 from latent_tts.pipeline.keys import rollout_key
 from latent_tts.pipeline.rollouts import CachedRollouts, RunRollouts, entries, entry_label, gather_rollouts
@@ -25,20 +26,20 @@ if TYPE_CHECKING:
 
 NEEDED = {
     **dict.fromkeys(("config.model", "config.task", "config.sampler", "config.search", "config.budget"), dict),
-    **dict.fromkeys(("config.answer", "config.engine", "config.paths", "settings"), dict),
+    **dict.fromkeys(("config.answer", "config.engine", "config.paths", "settings", "aggregators"), dict),
     **dict.fromkeys(("config.n", "config.max_answer_tokens"), int),
     **dict.fromkeys(("config.answer.decode", "config.paths.cache", "checkpoint_digest"), str),
 }
 
 
-def read_run(source: Path, needed: Mapping[str, type] = NEEDED) -> dict[str, Any]:
-    """The `run.json` of a run folder, which has some values, see `read_run_json`.
+def read_run(source: Path) -> dict[str, Any]:
+    """The `run.json` of a run folder, which has the values `NEEDED`.
 
     Raises:
         UsageError: there is none, or it is damaged.
     """
     require("run", source, is_complete(source), f"must be the folder of a completed run, which has a {RUN_JSON}")
-    return read_run_json(source, needed)
+    return read_run_json(source, NEEDED)
 
 
 def read_record(source: Path) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def check_spec(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> None:
     require(
         "run",
         source,
-        not spec.budget.adaptive,
+        not is_adaptive(spec.budget),
         f"its questions have different numbers of rollouts (budget={spec.budget.name})",
     )
     require(

@@ -18,7 +18,7 @@ from latent_tts.budget import Stop, Tally, is_adaptive
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results.cache import MEASURED_SUMS
 from latent_tts.results.metrics import Figures, answer_codes, measured_figures
-from latent_tts.results.statistics import agreement, picks
+from latent_tts.results.statistics import agreement, supported_picks
 from latent_tts.text.classes import shared_forms
 from latent_tts.types import Float64, Floats, Int64, RolloutArrays
 
@@ -174,7 +174,7 @@ def _picks(spec: RunSpec, outcome: Outcome) -> Int64:
         prediction_QD[place, own] = _used_answers(tally, stop)
         logprob_QD[place, own], score_QD[place, own] = tally.logprob_N[own], tally.score_N[own]
     chosen = next(each for each in spec.aggregators if each.name == spec.budget.aggregator)
-    return picks(chosen, RolloutArrays(prediction_QD, None, logprob_QD, score_QD))
+    return supported_picks(chosen, RolloutArrays(prediction_QD, None, logprob_QD, score_QD))[0]
 
 
 def _used_answers(tally: Tally, stop: Stop) -> Int64:

@@ -82,9 +82,8 @@ def complete_run(
         verification = verify(replace(spec, on_answers=None), rollouts, folder) if compared else None
         if not keep_latents:
             (folder / LATENTS).unlink(missing_ok=True)
-        seconds = time.perf_counter() - started
-        kept = {"cache": str(rollouts.cache.folder.resolve())} if keep_cache else {}
-        write_run_folder(folder, spec, rollouts, tables, settings, seconds=seconds, verification=verification, **kept)
+        record = {"cache": str(rollouts.cache.folder.resolve())} if keep_cache else {}
+        write_run_folder(folder, spec, rollouts, tables, settings, started, verification=verification, **record)
     return RunResult(rollouts, tables, verification)
 
 
@@ -97,21 +96,17 @@ def replacing_run(folder: Path) -> Iterator[None]:
     """
     aside = folder / EARLIER
     shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
     # first what says that the run is complete; it is put back last
-    names = [
-        name
-        for name in (RUN_JSON, *TABLES, FIGURE, VERIFICATION, TIMELINE, TIMELINE_FIGURE)
-        if (folder / name).is_file()
-    ]
-    if names:
-        aside.mkdir()
-    for name in names:
-        (folder / name).replace(aside / name)
+    files = [folder / name for name in (RUN_JSON, *TABLES, FIGURE, VERIFICATION, TIMELINE, TIMELINE_FIGURE)]
+    files = [path for path in files if path.is_file()]
+    for path in files:
+        path.replace(aside / path.name)
     try:
         yield
     except UsageError:
-        for name in reversed(names):
-            (aside / name).replace(folder / name)
+        for path in reversed(files):
+            (aside / path.name).replace(path)
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -123,8 +118,8 @@ def write_run_folder(
     drawn: RunRollouts,
     tables: RunTables,
     settings: Mapping[str, Any],
+    started: float,
     *,
-    seconds: float,
     verification: Verification | None = None,
     **record: Any,
 ) -> None:
@@ -136,7 +131,7 @@ def write_run_folder(
         drawn: its rollouts.
         tables: its tables.
         settings: see `make_tables`.
-        seconds: that the command has taken.
+        started: when the command began, by `time.perf_counter`.
         verification: also write `verification.csv`.
         **record: what else `run.json` says.
     """
@@ -167,7 +162,7 @@ def write_run_folder(
             "versions": environment.versions(quantized=spec.engine.quantize is not None),
             "machine": environment.machine(),
             "grading": {"given_up": len(spec.task.rule.guard.given_up)},
-            **describe_rollouts(drawn, seconds),
+            **describe_rollouts(drawn, time.perf_counter() - started),
             **record,
         },
     )
@@ -183,13 +178,14 @@ def write_tables(folder: Path, tables: RunTables) -> dict[str, Any]:
         return {}
     with whole_file(folder / BUDGET) as path:
         budget.to_parquet(path, index=False)
-    summary = {
-        "used": int(budget["used"].sum()),
-        "drawn": int(budget["drawn"].sum()),
-        "why": budget["why"].value_counts().to_dict(),
-        "certificates": budget["certificate"][budget["certificate"] != ""].value_counts().to_dict(),
+    return {
+        "budget": {
+            "used": int(budget["used"].sum()),
+            "drawn": int(budget["drawn"].sum()),
+            "why": budget["why"].value_counts().to_dict(),
+            "certificates": budget["certificate"][budget["certificate"] != ""].value_counts().to_dict(),
+        }
     }
-    return {"budget": summary}
 
 
 def describe_rollouts(drawn: RunRollouts, this_command: float) -> dict[str, Any]:

@@ -66,29 +66,31 @@ class EngineSettings:
     graph: str = "auto"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", full_dtype(self.dtype))
-        allowed = f"must be one of {', '.join(BYTES_PER_NUMBER)} ({', '.join(SHORT_DTYPES)})"
-        require("engine.dtype", self.dtype, self.dtype in BYTES_PER_NUMBER, allowed)
+        object.__setattr__(self, "dtype", SHORT_DTYPES.get(self.dtype, self.dtype))
+        check_fields(
+            "engine",
+            self,
+            dtype=BYTES_PER_NUMBER,
+            rows="a positive integer, or null to let the model decide",
+            graph=("auto", "on", "off"),
+        )
         check_device("engine.device", self.device)
-        rows = "a positive integer, or null to let the model decide"
-        check_fields("engine", self, rows=rows, graph=("auto", "on", "off"))
         if self.quantize is None:
             return
         require("engine.quantize", self.quantize, self.quantize in QUANTIZED_FROM, "must be null, int8 or float8")
         fitting = QUANTIZED_FROM[self.quantize]
         require("engine.quantize", self.quantize, self.dtype in fitting, f"takes engine.dtype={' or '.join(fitting)}")
-        why = "torchao is not installed: pip install '.[quant]' in the clone"
-        require("engine.quantize", self.quantize, find_spec("torchao") is not None, why)
+        require(
+            "engine.quantize",
+            self.quantize,
+            find_spec("torchao") is not None,
+            "torchao is not installed: pip install '.[quant]' in the clone",
+        )
 
     @property
     def bytes_per_number(self) -> int:
         """Bytes per number of `dtype`."""
         return BYTES_PER_NUMBER[self.dtype]
-
-
-def full_dtype(name: str) -> str:
-    """The long name of a dtype: `bfloat16` for `bf16`."""
-    return SHORT_DTYPES.get(name, name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,19 +191,22 @@ class RunSpec(RunRequest):
     @cached_property
     def shape(self) -> Shape:
         """The sizes of the model."""
-        quantized = self.engine.quantize is not None
-        return replace(Shape.from_config(self.adapter.sizes), block_item=1 if quantized else None)
+        return replace(Shape.from_config(self.adapter.sizes), block_item=None if self.engine.quantize is None else 1)
 
     @property
     def passes(self) -> RolloutCost:
         """The passes of a rollout, and their cost."""
-        adapter = self.adapter
-        forced = len(adapter.thinking_end_ids) + len(self.forced_ids)
-        repeated, stops = self.schedule.repeated_passes(adapter.latents), adapter.stop_id is not None
-        looked_at = None if self.schedule.exit is None else len(exit_ids(adapter, self.schedule))
-        phases = self.sampler.random_phases
-        made = adapter.latent_weights
-        return RolloutCost.of(self.shape, adapter.latents, forced, phases, repeated, stops, looked_at, made)
+        adapter, schedule = self.adapter, self.schedule
+        return RolloutCost.of(
+            self.shape,
+            adapter.latents,
+            forced=len(adapter.thinking_end_ids) + len(self.forced_ids),
+            random_phases=self.sampler.random_phases,
+            repeated=schedule.repeated_passes(adapter.latents),
+            looks_for_stop=adapter.stop_id is not None,
+            exit_tokens=None if schedule.exit is None else len(exit_ids(adapter, schedule)),
+            latent_weights=adapter.latent_weights,
+        )
 
     @property
     def longest_sequence(self) -> int:
@@ -303,31 +308,41 @@ def check_run(request: RunRequest) -> RunSpec:
     check_search(request, schedule, scorer)
     if schedule.verify:
         require("answer.decode", decode, decode == "all", "must be all: schedule.verify compares every answer")
-        why = "must be ladder or fixed: schedule.verify compares equally many rollouts of each question"
-        require("budget", budget.name, not is_adaptive(budget), why)
-    reserved = reserved_positions(adapter, request.max_answer_tokens)
-    check_exit(schedule, adapter, request.max_answer_tokens)
-    forced_ids = forced_answer_ids(adapter, request.forced_prefix, request.max_answer_tokens)
+        require(
+            "budget",
+            budget.name,
+            not budget.adaptive,
+            "must be ladder or fixed: schedule.verify compares equally many rollouts of each question",
+        )
+    looked_at = len(exit_ids(adapter, schedule)) - len(adapter.thinking_end_ids)
+    require(
+        "schedule.exit_prefix",
+        schedule.exit_prefix,
+        looked_at <= request.max_answer_tokens,
+        f"must be at most max_answer_tokens={request.max_answer_tokens} tokens, it has {looked_at}",
+    )
     questions = questions_of(request.task)
     if is_adaptive(budget):
         budget.check(len(questions), request.n, request.task.rule.name)
         budget = calibrate_budget(budget, request, schedule, aggregators, scorer, questions)
     if not has_gold(questions):
-        name = request.task.name
-        log.info("task=%s: no gold answers, so no accuracies; answers are in %s", name, ANSWERS, extra={"once": True})
+        log.info(
+            "task=%s: no gold answers, so no accuracies; answers are in %s",
+            request.task.name, ANSWERS, extra={"once": True},
+        )  # fmt: skip
     settled: dict[str, Any] = {
         "schedule": schedule, "budget": budget, "scorer": scorer, "aggregators": aggregators,
         "n": needed_rollouts(request),
     }  # fmt: skip
     spec = RunSpec(
         **vars(request) | settled,
-        draft=find_schedule_draft(schedule, adapter),
+        draft=None if schedule.draft is None else find_draft(schedule.draft, adapter.digest, adapter.latents),
         planned=planned,
         planned_on=planned_on,
         questions=questions,
-        prompts=encode_prompts(adapter, questions, reserved),
+        prompts=encode_prompts(adapter, questions, reserved_positions(adapter, request.max_answer_tokens)),
         donors=donors_of(questions) if sampler.needs_donor else {},
-        forced_ids=forced_ids,
+        forced_ids=forced_answer_ids(adapter, request.forced_prefix, request.max_answer_tokens),
     )
     check_position_scaling(
         "model.checkpoint", adapter.checkpoint, adapter.config, adapter.positions, spec.longest_sequence
@@ -399,23 +414,10 @@ def follow_plan(request: RunRequest) -> tuple[RunRequest, dict[str, Any], str | 
     rows = len(request.task.questions()) * (1 if request.all_same else request.n)
     plan = schedule.read(request.adapter, request.adapter.digest, request.engine.dtype)
     chosen = plan.choose(min(rows, request.engine.rows or rows))
-    values = {field.name: getattr(chosen, field.name) for field in fields(chosen)}
-    node = {"_target_": f"{type(chosen).__module__}.{type(chosen).__qualname__}", **values}
-    shown = {
-        f"schedule.{field.name}": values[field.name] for field in fields(chosen) if values[field.name] != field.default
-    }
-    device = None if chosen.stepwise else plan.device
-    return replace(request, schedule=chosen, config={**request.config, "schedule": node}), shown, device
-
-
-def find_schedule_draft(schedule: Schedule, adapter: CheckpointAdapter) -> DraftFile | None:
-    """The draft head of a schedule; None where it has none.
-
-    Raises:
-        UsageError: it does not exist, or is another model's.
-    """
-    path = schedule.draft
-    return None if path is None else find_draft(path, adapter.digest, adapter.latents)
+    node = {"_target_": f"{type(chosen).__module__}.{type(chosen).__qualname__}", **vars(chosen)}
+    shown = {f"schedule.{each.name}": node[each.name] for each in fields(chosen) if node[each.name] != each.default}
+    request = replace(request, schedule=chosen, config={**request.config, "schedule": node})
+    return request, shown, None if chosen.stepwise else plan.device
 
 
 def require_steps(schedule: Schedule, adapter: CheckpointAdapter, why: str) -> None:
@@ -431,20 +433,20 @@ def settle_scorer(request: RunRequest) -> LatentRM | NoScorer:
         UsageError: the user chose a scorer that cannot score these rollouts.
     """
     scorer, adapter, sampler, config = request.scorer, request.adapter, request.sampler, request.config
-    if isinstance(scorer, NoScorer) and "scorer.checkpoint" in request.chosen:
-        given = config["scorer"].get("checkpoint")
-        raise bad_value("scorer.checkpoint", given, f"{scorer.reason}; is scorer=latent_rm meant?")
-    if isinstance(scorer, LatentRM):
-        if scorer.only_own and scorer.trained.get("reasoner") != adapter.digest:
-            return NoScorer(f"{scorer.checkpoint} was trained for other weights than {adapter.checkpoint}")
-        if request.n > 1 and (request.answers.random or sampler.random_answers) and not sampler.random_latents:
-            why = f"sampler {sampler.name} gives all rollouts of a question the same latents, and so the same score"
-            require("scorer", scorer.name, scorer.only_own, why)
-            return NoScorer(why)
-        require("scorer", scorer.name, adapter.latents != 0, "a scorer scores latents, and model.latents=0")
-        warnings, budget = scorer.check(adapter, config["sampler"]), request.budget
-        for warning in () if is_adaptive(budget) and not budget.needs_score else warnings:  # else it scores nothing
-            log.warning("%s", warning)
+    if isinstance(scorer, NoScorer):
+        why = f"{scorer.reason}; is scorer=latent_rm meant?"
+        require("scorer.checkpoint", config["scorer"].get("checkpoint"), "scorer.checkpoint" not in request.chosen, why)
+        return scorer
+    if scorer.only_own and scorer.trained.get("reasoner") != adapter.digest:
+        return NoScorer(f"{scorer.checkpoint} was trained for other weights than {adapter.checkpoint}")
+    if request.n > 1 and (request.answers.random or sampler.random_answers) and not sampler.random_latents:
+        why = f"sampler {sampler.name} gives all rollouts of a question the same latents, and so the same score"
+        require("scorer", scorer.name, scorer.only_own, why)
+        return NoScorer(why)
+    require("scorer", scorer.name, adapter.latents != 0, "a scorer scores latents, and model.latents=0")
+    warnings, budget = scorer.check(adapter, config["sampler"]), request.budget
+    for warning in () if is_adaptive(budget) and not budget.needs_score else warnings:  # else it scores nothing
+        log.warning("%s", warning)
     return scorer
 
 
@@ -460,20 +462,18 @@ def settle_aggregators(request: RunRequest, scorer: LatentRM | NoScorer) -> list
     if isinstance(scorer, NoScorer):
         scored = [aggregator.name for aggregator in aggregators if aggregator.needs_score]
         require("aggregator", ",".join(scored), not scored or not chosen, f"needs a scorer ({scorer})")
+        require("answer.decode", "winners", request.decode == "all", "needs a scorer, which finds the winners")
         if scorer.reason is not None:
             log.info("%s, so rollouts get no scores", scorer, extra={"once": True})
-        aggregators = [aggregator for aggregator in aggregators if not aggregator.needs_score]
-    else:
-        aggregators = [
-            replace(aggregator, temperature=scorer.temperature)
-            if isinstance(aggregator, Weighted) and aggregator.temperature is None
-            else aggregator
-            for aggregator in aggregators
-        ]
+        return [aggregator for aggregator in aggregators if not aggregator.needs_score]
+    aggregators = [
+        replace(aggregator, temperature=scorer.temperature)
+        if isinstance(aggregator, Weighted) and aggregator.temperature is None
+        else aggregator
+        for aggregator in aggregators
+    ]
     if request.decode == "all":
         return aggregators
-    if isinstance(scorer, NoScorer):
-        raise bad_value("answer.decode", "winners", "needs a scorer, which finds the winners")
     require(
         "scorer.positions",
         "official",
@@ -481,9 +481,12 @@ def settle_aggregators(request: RunRequest, scorer: LatentRM | NoScorer) -> list
         "needs every answer, and answer.decode=winners decodes only the picks",
     )
     best = [aggregator for aggregator in aggregators if aggregator.name == "best_of_n"]
-    alone = bool(best) and (len(best) == len(aggregators) or not chosen)
-    names = ",".join(aggregator.name for aggregator in aggregators)
-    require("aggregator", names, alone, "answer.decode=winners goes with best_of_n alone; votes need every answer")
+    require(
+        "aggregator",
+        ",".join(aggregator.name for aggregator in aggregators),
+        bool(best) and (best == aggregators or not chosen),
+        "answer.decode=winners goes with best_of_n alone; votes need every answer",
+    )
     return best
 
 
@@ -503,19 +506,6 @@ def check_search(request: RunRequest, schedule: Schedule, scorer: LatentRM | Non
     require("answer.decode", decode, decode == "all", f"must be all: search={search.name} decodes the beams it keeps")
 
 
-def check_exit(schedule: Schedule, adapter: CheckpointAdapter, max_answer_tokens: int) -> None:
-    """Check that what `schedule.exit` looks at is no longer than an answer.
-
-    Raises:
-        UsageError: it is.
-    """
-    if schedule.exit is None:
-        return
-    beyond = len(exit_ids(adapter, schedule)) - len(adapter.thinking_end_ids)
-    allowed = f"must be at most max_answer_tokens={max_answer_tokens} tokens, it has {beyond}"
-    require("schedule.exit_prefix", schedule.exit_prefix, beyond <= max_answer_tokens, allowed)
-
-
 def settle_budget(request: RunRequest, scorer: LatentRM | NoScorer, aggregators: Sequence[Aggregator]) -> Budget:
     """The requested budget; `fixed` in place of the default if a search keeps few of its rollouts.
 
@@ -523,32 +513,30 @@ def settle_budget(request: RunRequest, scorer: LatentRM | NoScorer, aggregators:
         UsageError: the search has no figures at a smaller n, and the user chose a budget that reports them; or the
             budget comes in rounds, and the search has none; or it looks at something that the run does not have.
     """
-    budget, search = request.budget, request.search
-    if not request.guided:
-        if is_adaptive(budget):
-            check_adaptive(budget, request.decode, scorer, aggregators)
+    budget, decode = request.budget, request.decode
+    if request.guided:
+        why = "depend on each other, so they cannot come in rounds"
+        require(
+            "budget",
+            budget.name,
+            budget.name == "fixed" or "budget" not in request.chosen,
+            f"must be fixed: rollouts of search={request.search.name} "
+            f"{why if is_adaptive(budget) else 'have no figures at a smaller n'}",
+        )
+        return Fixed()
+    if not is_adaptive(budget):
         return budget
-    fits = budget.name == "fixed" or "budget" not in request.chosen
-    why = "depend on each other, so they cannot come in rounds" if budget.adaptive else "have no figures at a smaller n"
-    require("budget", budget.name, fits, f"must be fixed: rollouts of search={search.name} {why}")
-    return Fixed()
-
-
-def check_adaptive(
-    budget: AdaptiveBudget, decode: str, scorer: LatentRM | NoScorer, aggregators: Sequence[Aggregator]
-) -> None:
-    """Check that a run has what its budget looks at: every answer, scores, the aggregator.
-
-    Raises:
-        UsageError: something is missing.
-    """
     require("answer.decode", decode, decode == "all", f"must be all: budget={budget.name} looks at every answer")
     chosen = ("budget/rule", budget.rule.name) if isinstance(budget, Adaptive) else ("budget", budget.name)
     if budget.needs_score:
         if isinstance(scorer, NoScorer):
             raise bad_value(*chosen, f"needs scores, and there is no scorer ({scorer})")
-        why = "gives scores only once all n answers are known, and the budget needs them earlier; use correct"
-        require("scorer.positions", scorer.positions, scorer.positions != "official", why)
+        require(
+            "scorer.positions",
+            scorer.positions,
+            scorer.positions != "official",
+            "gives scores only once all n answers are known, and the budget needs them earlier; use correct",
+        )
         require(
             *chosen,
             budget.aggregator != "weighted" or scorer.range is not None,
@@ -558,6 +546,7 @@ def check_adaptive(
     reported = [aggregator.name for aggregator in aggregators]
     allowed = f"looks at the pick of {budget.aggregator}, which is not reported: aggregator=[{','.join(reported)}]"
     require(*chosen, budget.aggregator in reported, allowed)
+    return budget
 
 
 def calibrate_budget(
@@ -602,12 +591,9 @@ def check_position_scaling(key: str, checkpoint: str, config: Mapping[str, Any],
             sequence of this run may exceed it.
     """
     config = files.common_sizes(config)  # of a model that sees, too
-    given = [config.get(name) for name in ("rope_parameters", "rope_scaling")]
-    rope: dict[str, Any] = {
-        key: value for settings in given if isinstance(settings, dict) for key, value in settings.items()
-    }
-    of_layers = [value for value in rope.values() if isinstance(value, dict)]  # some have one per kind of layer
-    for part in (rope, *of_layers):
+    given = [part for part in map(config.get, ("rope_parameters", "rope_scaling")) if isinstance(part, dict)]
+    of_layers = [part for each in given for part in each.values() if isinstance(part, dict)]  # one per kind of layer
+    for part in [*given, *of_layers]:
         kind = part.get("type") if part.get("type") in LENGTH_DEPENDENT_ROPE else part.get("rope_type")
         limit = part.get("original_max_position_embeddings", config.get("original_max_position_embeddings", positions))
         require(
@@ -665,7 +651,6 @@ def forced_answer_ids(adapter: CheckpointAdapter, prefix: str, max_answer_tokens
     Raises:
         UsageError: the tokenizer cannot read it, or it leaves no token to choose.
     """
-    require("answer.forced_prefix", prefix, isinstance(prefix, str), "must be a text")
     ids = adapter.forced_ids(prefix)
     allowed = f"must be fewer tokens than max_answer_tokens={max_answer_tokens}, it has {len(ids)}"
     require("answer.forced_prefix", prefix, len(ids) < max_answer_tokens, allowed)
@@ -687,8 +672,9 @@ def exit_ids(adapter: CheckpointAdapter, schedule: Schedule) -> list[int]:
     try:
         return [*adapter.thinking_end_ids, *adapter.forced_ids(prefix)]
     except UsageError as error:
-        allowed = f"must be text in the vocabulary of model={adapter.name}, without its eos"
-        raise bad_value("schedule.exit_prefix", prefix, allowed) from error
+        raise bad_value(
+            "schedule.exit_prefix", prefix, f"must be text in the vocabulary of model={adapter.name}, without its eos"
+        ) from error
 
 
 def encode_prompts(adapter: CheckpointAdapter, questions: Sequence[Question], reserved: int) -> dict[str, list[int]]:
@@ -721,8 +707,10 @@ def donors_of(questions: Sequence[Question]) -> dict[str, Question]:
 def needed_rollouts(request: RunRequest) -> int:
     """The requested n; 1, with a warning, if nothing random makes rollouts differ."""
     if request.all_same and request.n > 1:
-        adapter, sampler = request.adapter, request.sampler.name
-        why = "" if adapter.latents else f": model={adapter.name} has no latents"
-        log.warning("n=%d: sampler %s gives the same rollout every time, so one is drawn%s", request.n, sampler, why)
+        why = "" if request.adapter.latents else f": model={request.adapter.name} has no latents"
+        log.warning(
+            "n=%d: sampler %s gives the same rollout every time, so one is drawn%s",
+            request.n, request.sampler.name, why,
+        )  # fmt: skip
         return 1
     return request.n

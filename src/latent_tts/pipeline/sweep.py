@@ -94,12 +94,10 @@ def means_over_seeds(runs: Sequence[CompletedRun]) -> pd.DataFrame:
 
 def _interval(runs: Sequence[CompletedRun], metric: str, aggregator: str, n: int) -> tuple[float, float]:
     figure = aggregator if metric == "accuracy" else metric
-    if metric not in PER_QUESTION or not all(run.all_decoded for run in runs):
+    known = metric in PER_QUESTION and all(run.all_decoded for run in runs)
+    if not known or any(run.budget is not None and figure not in ("agreement", *run.figures) for run in runs):
         return np.nan, np.nan
-    if figure != "agreement" and any(run.budget is not None and figure not in run.figures for run in runs):
-        return np.nan, np.nan
-    seeds = pd.concat([run.per_question(figure, n) for run in runs], axis=1)
-    return statistics.interval(seeds.mean(axis=1).to_numpy())
+    return statistics.interval(pd.concat([run.per_question(figure, n) for run in runs], axis=1).mean(axis=1).to_numpy())
 
 
 @dataclass(frozen=True)
@@ -117,10 +115,9 @@ class SweepJob:
     @property
     def label(self) -> str:
         """What its curve is called in the sweep's table: its overrides, without the names of groups."""
-        parts = [override.partition("=")[::2] for override in self.overrides]
-        told = [(key, value) for key, value in parts if key not in NOT_IN_LABELS]
-        shown = [pair for pair in told if pair not in {("budget", name) for name in PLAIN_BUDGETS}]
-        return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in shown)
+        usual = {f"budget={name}" for name in PLAIN_BUDGETS}
+        parts = [override.partition("=")[::2] for override in self.overrides if override not in usual]
+        return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in parts if key not in NOT_IN_LABELS)
 
     @property
     def row(self) -> dict[str, str]:
@@ -144,18 +141,14 @@ def finish(folder: Path, jobs: Sequence[SweepJob], build_aggregator: AggregatorB
     path = folder / METRICS
     joined, means = write_joined(path, tables, build_aggregator)
     label_of = {job.folder: job.label for job in jobs}
-    if means is None:  # jobs that are one run, but for what it costs, have a row each
-        table, shown = joined, name_once(pd.concat(tables.values(), ignore_index=True))
-        labels = [label_of[folder] for folder, rows in tables.items() for _ in rows.index]
-    else:
-        table = shown = means
-        label_of_run = {rows["run_id"].iloc[0]: label_of[folder] for folder, rows in reversed(tables.items())}
-        curves, runs = joined[CURVE_COLUMNS].itertuples(index=False), joined["run_id"]
-        label_of_curve = {tuple(curve): label_of_run[run] for curve, run in zip(curves, runs, strict=True)}
-        labels = [label_of_curve[tuple(curve)] for curve in means[CURVE_COLUMNS].itertuples(index=False)]
-    report.print_metrics(shown, labels, [job.row for job in jobs if job.folder not in tables])
+    rows = [table.assign(label=label_of[folder]) for folder, table in tables.items()]
+    shown = name_once(pd.concat(rows, ignore_index=True))  # jobs that are one run, but for what it costs: a row each
+    if means is not None:
+        shown = means.merge(shown.drop_duplicates(CURVE_COLUMNS)[[*CURVE_COLUMNS, "label"]], "left", CURVE_COLUMNS)
+    report.print_metrics(shown, shown["label"].tolist(), [job.row for job in jobs if job.folder not in tables])
     if means is not None:
         print(means_path(path))
+    table = joined if means is None else means
     if has_curve(table):
         print(plot.scaling_curve(table, folder / FIGURE))
     print(path)

@@ -16,7 +16,7 @@ from latent_tts.aggregator import Aggregator, Vote
 from latent_tts.budget import Stop, is_adaptive
 from latent_tts.engine.cost import Shape
 from latent_tts.pipeline.rollouts import RunRollouts
-from latent_tts.pipeline.rounds import adaptive_figures, budget_table
+from latent_tts.pipeline.rounds import Outcome, adaptive_figures, budget_table
 from latent_tts.pipeline.scores import Scores
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results import statistics
@@ -32,6 +32,7 @@ from latent_tts.types import Float32, Floats, Question, RolloutArrays
 
 log = logging.getLogger(__name__)
 MAX_USELESS = 0.95  # share of answers
+NAMES = ("checkpoint", "scorer", "task", "split")  # not in a run's identity: digests say whose weights, which questions
 
 
 @dataclass
@@ -61,16 +62,15 @@ def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) 
         drawn: its rollouts.
         settings: keys that differ from their defaults and have no column of their own.
     """
-    budget = None
-    if drawn.outcome is not None:
-        spec = replace(spec, counts=drawn.outcome.counts)
+    outcome = drawn.outcome
+    if outcome is not None:
+        spec = replace(spec, counts=outcome.counts)
     rollouts = rollout_table(spec, drawn)
     release_memory()
     _warn_of_useless_answers(rollouts)
-    if drawn.outcome is not None:
-        budget = budget_table(spec, drawn.outcome, rollouts)
-        figures = adaptive_figures(spec, drawn.outcome, rollouts, budget)
-    elif drawn.winners is not None:
+    if outcome is not None:
+        return make_outcome_tables(spec, rollouts, outcome, settings)
+    if drawn.winners is not None:
         figures = winner_figures(spec, drawn, rollouts)
     else:
         figures = rollout_figures(
@@ -83,12 +83,18 @@ def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) 
         )
     release_memory()
     metrics = metric_rows(figures, run_columns(spec, settings))
-    gflops_Q = max(figures, key=lambda each: each.n).per_question["gflops", ""]
-    if drawn.outcome is None:
-        answers = answer_lines(spec, rollouts, spec.table_counts)
-    else:
-        answers = stopped_answer_lines(spec, rollouts, drawn.outcome.stops)
-    return RunTables(rollouts, answers, metrics, gflops_Q, budget)
+    return RunTables(rollouts, answer_lines(spec, rollouts), metrics, figures[-1].per_question["gflops", ""])
+
+
+def make_outcome_tables(
+    spec: RunSpec, rollouts: pd.DataFrame, outcome: Outcome, settings: Mapping[str, Any]
+) -> RunTables:
+    """The tables of a run whose budget stopped questions; see `make_tables`."""
+    budget = budget_table(spec, outcome, rollouts)
+    figures = adaptive_figures(spec, outcome, rollouts, budget)
+    metrics = metric_rows(figures, run_columns(spec, settings))
+    answers = answer_lines(spec, rollouts, outcome.stops)
+    return RunTables(rollouts, answers, metrics, figures[-1].per_question["gflops", ""], budget)
 
 
 def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
@@ -130,21 +136,22 @@ def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
     )
 
 
-def answer_lines(spec: RunSpec, rollouts: pd.DataFrame, used: Sequence[int]) -> list[dict[str, Any]]:
+def answer_lines(spec: RunSpec, rollouts: pd.DataFrame, stops: Sequence[Stop] | None = None) -> list[dict[str, Any]]:
     """What each question was answered.
 
     Args:
         spec: the run.
         rollouts: its rollouts table.
-        used: from how many of its rollouts each question's answer is picked: all, unless the budget stopped earlier.
+        stops: from how many of its rollouts each question's answer is picked, if the budget said so; None: from all.
 
     Returns:
         For each question `index` (from 0), `id`, `question`, `gold` if it is known, `rollouts` (their number) and
         `picks`: by aggregator the `answer` (None if it cannot be read, or nothing is picked), the number of the
         `rollout`, the `share` of the votes or the `score` it was picked by, how many rollouts `agree` with it (None
-        where only picks were decoded), and whether it is `correct` (None without gold).
+        where only picks were decoded), and whether it is `correct` (None without gold). With `stops` also `why` there
+        are no more, and a `certificate` if there is one.
     """
-    used_Q = np.array(used)
+    used_Q = np.array(spec.table_counts if stops is None else [stop.used for stop in stops])
     if (used_Q < spec.table_counts).any():  # without need, no copy of all rows
         rollouts = rollouts[rollouts["rollout"].to_numpy() < np.repeat(used_Q, spec.table_counts)]
     lines: list[dict[str, Any]] = [
@@ -163,18 +170,11 @@ def answer_lines(spec: RunSpec, rollouts: pd.DataFrame, used: Sequence[int]) -> 
         predictions = alike["prediction"].to_numpy(dtype=object).reshape(-1, number)
         for aggregator in reported:
             picked = _picked(aggregator, arrays, predictions, all_decoded=spec.decode == "all")
-            for index, pick in zip(np.flatnonzero(used_Q == number), picked, strict=True):
+            for index, pick in zip(np.flatnonzero(chosen_Q), picked, strict=True):
                 lines[index]["picks"][aggregator.name] = pick
+    for line, stop in zip(lines, stops or (), strict=stops is not None):
+        line |= {"why": stop.why} | ({"certificate": stop.certificate} if stop.certificate else {})
     return lines
-
-
-def stopped_answer_lines(spec: RunSpec, rollouts: pd.DataFrame, stops: Sequence[Stop]) -> list[dict[str, Any]]:
-    """`answer_lines` of a run whose budget stopped questions, each with `why` and, if there is one, a `certificate`."""
-    lines = answer_lines(spec, rollouts, [stop.used for stop in stops])
-    return [
-        line | {"why": stop.why} | ({"certificate": stop.certificate} if stop.certificate else {})
-        for line, stop in zip(lines, stops, strict=True)
-    ]
 
 
 def _picked(
@@ -222,8 +222,6 @@ def winner_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) ->
             thinking = spec.rollout_gflop(question, steps_N, None, conflicts_N)
             decoding = spec.rollout_gflop(question, steps_N[own], tokens_1, conflicts_N[own], scored=False)
             gflops_Q.append(sum(shared + each_N.sum() for shared, each_N in (thinking, decoding)))
-        # a question none of whose rollouts has a score has no pick
-        right = picked["correct"].where(picked["score"].notna(), other=False)
         diversity_Q = diversities(drawn.dissimilarity_RT, n, budget)
         measured = {}
         if budget == max(drawn.winners.picks):
@@ -232,7 +230,12 @@ def winner_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) ->
         figures.append(
             Figures.of(
                 budget, budget, measured,
-                accuracy={"best_of_n": np.array(right, dtype=np.float64)} if has_gold(spec.questions) else None,
+                # a question none of whose rollouts has a score has no pick
+                accuracy={
+                    "best_of_n": picked["correct"].where(picked["score"].notna(), other=False).to_numpy(np.float64)
+                }
+                if has_gold(spec.questions)
+                else None,
                 invalid_rate=np.array(picked["prediction"].isna(), dtype=np.float64),
                 diversity=None if None in diversity_Q else np.array(diversity_Q, dtype=np.float64),
                 latent_steps=steps_QN[:, :budget].sum(1).astype(np.float64),
@@ -280,7 +283,6 @@ def run_columns(spec: RunSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The columns that say which run a metrics row belongs to."""
     sampler, scorer = spec.sampler, spec.scorer
     shown = {key: value for key, value in settings.items() if key != f"sampler.{sampler.param}"} | spec.planned
-    digests = [spec.adapter.identity, *(each.digest for each in (scorer, spec.draft) if each is not None)]
     columns = {
         "model": spec.adapter.name,
         "checkpoint": spec.adapter.checkpoint,
@@ -297,10 +299,11 @@ def run_columns(spec: RunSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
         "seed": str(spec.seed),
         "dtype": spec.engine.dtype,
         "questions_digest": questions_digest(spec.questions, spec.task.rule),
-        "weights_digest": "+".join(digests),
+        "weights_digest": "+".join(
+            [spec.adapter.identity, *(each.digest for each in (scorer, spec.draft) if each is not None)]
+        ),
     }
-    names = ("checkpoint", "scorer", "task", "split")  # digests say whose weights and which questions
-    identity = {name: value for name, value in columns.items() if name not in names} | {"n": spec.n}
+    identity = {name: value for name, value in columns.items() if name not in NAMES} | {"n": spec.n}
     return {"run_id": settings_digest(identity)[:12], **columns}
 
 

@@ -9,8 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from latent_tts.budget import is_adaptive
 from latent_tts.budget.fixed import Fixed
 from latent_tts.engine.decoding import AnswerSampling
@@ -53,11 +51,14 @@ class View:
 
     def __post_init__(self) -> None:
         known = [name for name in self.maps if name in MAPS]
-        shown = f"[{','.join(self.maps)}]"
         allowed = f"must be a list of {' and '.join(MAPS)}, as in maps=[{','.join(MAPS)}]"
-        require("maps", shown, bool(known) and known == list(dict.fromkeys(self.maps)), allowed)
-        why = "scikit-learn is not installed: pip install '.[trace]' in the clone"
-        require("maps", shown, "tsne" not in self.maps or find_spec("sklearn") is not None, why)
+        require("maps", self.maps, bool(known) and known == list(dict.fromkeys(self.maps)), allowed)
+        require(
+            "maps",
+            self.maps,
+            "tsne" not in self.maps or find_spec("sklearn") is not None,
+            "scikit-learn is not installed: pip install '.[trace]' in the clone",
+        )
         require("top", self.top, 1 <= self.top <= MAX_TOKENS, f"must be 1 to {MAX_TOKENS}")
         check_fields("", self, threshold="a positive number", directions="an integer, 0 or more")
 
@@ -80,22 +81,13 @@ class TraceSpec:
     view: View
     source: Path | None = None
 
-    def with_counts(self, table: pd.DataFrame, budget: pd.DataFrame | None) -> TraceSpec:
-        """The same once the rollouts are drawn: those that a budget used, which may be unequally many."""
-        if self.run.guided:
-            return self
-        counts = budget["used"] if budget is not None else table.groupby("question_index", sort=True).size()
-        return replace(self, run=with_fixed_budget(self.run, counts.tolist()))
-
     @property
     def no_dependencies(self) -> str:
         """Why there is no dependency graph; empty where there is one."""
-        adapter = self.run.adapter
         if self.view.directions == 0:
             return "left out by directions=0"
-        if adapter.own_schedule is not None:
-            return f"model={adapter.name} makes its latents in sweeps of its own"
-        return ""
+        own_sweeps = f"model={self.run.adapter.name} makes its latents in sweeps of its own"
+        return "" if self.run.adapter.own_schedule is None else own_sweeps
 
 
 def check_trace(
@@ -118,17 +110,23 @@ def check_trace(
     Raises:
         UsageError: there are too many questions, or nothing to see.
     """
-    few = len(run.questions) <= MAX_TRACED_QUESTIONS
     require(
-        "task.limit", len(run.questions), few, f"a trace shows at most {MAX_TRACED_QUESTIONS} questions side by side"
+        "task.limit",
+        len(run.questions),
+        len(run.questions) <= MAX_TRACED_QUESTIONS,
+        f"a trace shows at most {MAX_TRACED_QUESTIONS} questions side by side",
     )
     require("model.latents", run.adapter.latents, run.adapter.latents > 0, "must be 1 or more: a trace shows latents")
     run = replace(run, decode="all")  # a trace shows every answer
     other = None
     if beside is not None:
         sampler, config = beside
-        why = "reads the latents of other questions, so it has no place on the map of one"
-        require("beside", sampler.name, not sampler.needs_donor, why)
+        require(
+            "beside",
+            sampler.name,
+            not sampler.needs_donor,
+            "reads the latents of other questions, so it has no place on the map of one",
+        )
         check_sampler(sampler, run.adapter)
         other = replace_sampler(run, sampler, config, 1 if sampler.deterministic else n)
     return TraceSpec(run, other, replace_sampler(run, Greedy(), {"_target_": GREEDY}, 1), view, source)
@@ -170,14 +168,12 @@ def select_questions(
     if n is not None:
         require("n", n, 1 <= n <= min(has), f"must be 1 to {min(has)}, which the run has")
         require("n", n, not whole or n == max(has), "its rollouts were drawn or scored all together: n must be theirs")
-    limit = n or MAX_TRACED_ROLLOUTS
     budget = read_budget(source)
     if budget is not None and n is None:
-        used = dict(zip(budget["question_id"], budget["used"], strict=True))
-        has = [int(used.get(question.id, count)) for question, count in zip(chosen, has, strict=True)]
-    given = {question.id: spec.donors[question.id] for question in chosen if question.id in spec.donors}
-    counted = None if whole else [min(limit, count) for count in has]
-    return with_fixed_budget(replace(spec, questions=chosen, donors=given), counted)
+        used = budget.set_index("question_id")["used"]
+        has = used[[question.id for question in chosen]].tolist()
+    counts = None if whole else [min(n or MAX_TRACED_ROLLOUTS, count) for count in has]
+    return with_fixed_budget(replace(spec, questions=chosen), counts)
 
 
 def with_fixed_budget(run: RunSpec, counts: list[int] | None) -> RunSpec:
@@ -190,11 +186,10 @@ def with_fixed_budget(run: RunSpec, counts: list[int] | None) -> RunSpec:
 
 def warn_of_differences(run: RunSpec, rollouts: RunRollouts, source: Path) -> None:
     """Warn of answers that differ from those of the run's folder, as on another machine where rounding decides."""
-    there = read_rollouts(source).set_index(["question_id", "rollout"])
     here = rollout_table(run, rollouts).set_index(["question_id", "rollout"])
-    before = there.loc[here.index]
-    decoded = before["stop_reason"] != NOT_DECODED
-    changed = (before["answer_text"] != here["answer_text"]) & decoded
+    there = read_rollouts(source).set_index(["question_id", "rollout"]).loc[here.index]
+    decoded = there["stop_reason"] != NOT_DECODED
+    changed = (there["answer_text"] != here["answer_text"]) & decoded
     if changed.any():
         log.warning("run=%s: %d of %d answers differ from those of the run: they were drawn again, with other rounding",
                     source, changed.sum(), decoded.sum())  # fmt: skip
@@ -220,14 +215,12 @@ def find_ids(wanted: Sequence[str], ids: Sequence[str], source: Path) -> list[st
 def shown_settings(spec: TraceSpec) -> dict[str, str]:
     """The settings, as people read them."""
     run, view = spec.run, spec.view
-    sampled = sampler_text(run.sampler)
-    place = "/".join(filter(None, [run.task.name, run.task.split]))
     rollouts = sorted(set(run.table_counts))
     settings = {
         "model": run.adapter.name,
         "checkpoint": run.adapter.checkpoint,
-        "task": place,
-        "sampler": sampled,
+        "task": "/".join(filter(None, [run.task.name, run.task.split])),
+        "sampler": sampler_text(run.sampler),
         "beside": "" if spec.beside is None else sampler_text(spec.beside.sampler),
         "rollouts": f"{rollouts[0]}" if len(rollouts) == 1 else f"{rollouts[0]} to {rollouts[-1]}",
         "latents": f"{'up to ' if run.adapter.stop_id is not None else ''}{run.adapter.latents}",

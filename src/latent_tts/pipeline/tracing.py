@@ -52,8 +52,8 @@ def trace(asked: TraceSpec, rollouts: RunRollouts) -> Trace:
         RunError: a failure while drawing or computing.
     """
     run, view = asked.run, asked.view
-    beside = [spec for spec in (asked.beside, asked.deterministic) if spec is not None]
-    drawn = [(run, rollouts), *((spec, draw_rollouts(spec)) for spec in beside)]
+    others = (spec for spec in (asked.beside, asked.deterministic) if spec is not None)
+    drawn = [(run, rollouts), *((spec, draw_rollouts(spec)) for spec in others)]
     with computing("tracing", "what was drawn is in the cache", LESS_MEMORY):
         results_Q = [result_tokens(run.adapter, question) for question in run.questions]
         samplers = [
@@ -61,7 +61,7 @@ def trace(asked: TraceSpec, rollouts: RunRollouts) -> Trace:
             for spec, made in drawn
         ]
         graphs_Q = find_graphs(asked, samplers[-1])
-    answers = answer_lines(run, rollout_table(run, rollouts), run.table_counts)
+    answers = answer_lines(run, rollout_table(run, rollouts))
     questions = [
         TracedQuestion(
             id=question.id, text=question.text, gold=question.answer, steps=question.steps,
@@ -74,12 +74,11 @@ def trace(asked: TraceSpec, rollouts: RunRollouts) -> Trace:
         for place, question in enumerate(run.questions)
     ]  # fmt: skip
     ids = np.unique(np.concatenate([own.lens.token_NTK.ravel() for each in questions for own in each.samplers]))
-    scorer = run.scorer
     return Trace(
         about=shown_settings(asked),
         schedule=run.schedule.name,
         vocabulary={int(token): run.adapter.answer_text([int(token)]) for token in ids if token >= 0},
-        scorer=None if scorer is None else scorer.name,
+        scorer=None if run.scorer is None else run.scorer.name,
         no_dependencies=asked.no_dependencies,
         questions=questions,
     )
@@ -108,11 +107,11 @@ def recompute(spec: RunSpec) -> tuple[Engine, Float32, Int64, Int64]:
     """
     wanted = spec.wanted()
     rows = {place: row for row, place in enumerate(wanted.itertuples(index=False, name=None))}
-    jobs, total = jobs_of(spec, wanted), spec.adapter.latents
+    jobs = jobs_of(spec, wanted)
     refuse_graphs(spec.engine, "the host reads what each sweep did")
     drawer = Drawer(DrawingWork(spec, max(len(job.prompt) for job in jobs), False, known_to_fit(spec.cache)))
     drawer.engine.keeps_timeline = True
-    latents_RTD = np.zeros((len(rows), total, drawer.engine.width), dtype=np.float32)
+    latents_RTD = np.zeros((len(rows), spec.adapter.latents, drawer.engine.width), dtype=np.float32)
     steps_R, sweeps = np.zeros(len(rows), dtype=np.int64), []
     for batch in drawer.batches(jobs):
         made, here = drawer.roll(batch, answers=False), [rows[place] for place in places_of(batch)]
@@ -130,10 +129,8 @@ def sweeps_of(made: Rollouts) -> Int64:
     """First, stop and final latents (3, R, S) of each sweep; where a schedule keeps none, a sweep made each latent."""
     steps_R = made.steps_R.numpy()
     if made.timeline:
-        names = ("first_R", "stop_R", "final_R")
-        return np.stack([
-            np.stack([getattr(sweep, name).cpu().numpy() for sweep in made.timeline], 1) for name in names
-        ])  # fmt: skip
+        sweeps = [torch.stack([sweep.first_R, sweep.stop_R, sweep.final_R]) for sweep in made.timeline]
+        return torch.stack(sweeps, 2).cpu().numpy()
     place_S = np.arange(steps_R.max(initial=0))
     ends = np.stack([place_S, place_S + 1, place_S + 1])
     return np.minimum(ends[:, None], steps_R[:, None])
@@ -182,16 +179,11 @@ def read_lens(engine: Engine, latents_NTD: Float32, steps_N: Int64, top: int, re
     """Read rollouts' latents through the LM head."""
     own_NT = own_latents(steps_N, latents_NTD.shape[1])
     values_XD = torch.from_numpy(latents_NTD[own_NT]).to(engine.device, engine.lm.dtype)
-    read = [each.numpy() for each in read_latents(engine.head, values_XD, top, results)]
-    tokens = read[0].shape[1]
-    lens = Lens(
-        token_NTK=np.full((*own_NT.shape, tokens), -1, dtype=np.int64),
-        probability_NTK=np.full((*own_NT.shape, tokens), np.nan, dtype=np.float32),
-        rank_NTG=np.full((*own_NT.shape, len(results)), -1, dtype=np.int64),
-    )
-    for whole, part in zip((lens.token_NTK, lens.probability_NTK, lens.rank_NTG), read, strict=True):
-        whole[own_NT] = part
-    return lens
+    arrays = []
+    for read, beyond in zip(read_latents(engine.head, values_XD, top, results), (-1, np.nan, -1), strict=True):
+        arrays.append(np.full((*own_NT.shape, read.shape[1]), beyond, read.numpy().dtype))
+        arrays[-1][own_NT] = read.numpy()
+    return Lens(*arrays)
 
 
 def draw_maps(methods: Sequence[str], samplers: Sequence[TracedRollouts]) -> list[LatentMap]:
@@ -217,6 +209,12 @@ def find_graphs(asked: TraceSpec, deterministic: Sequence[TracedRollouts]) -> li
             continue
         latents_TD = torch.from_numpy(rollout.latents_NTD[0, :steps]).to(plain.lm.device, plain.lm.dtype)
         found = find_dependencies(PlainRecurrence(plain, run.prompts[question.id]), latents_TD, view.directions)
-        relative_TT = found.relative_TT.double().cpu().numpy()
-        graphs.append(DependencyGraph(relative_TT, view.threshold, found.critical_path(view.threshold), found.growth))
+        graphs.append(
+            DependencyGraph(
+                found.relative_TT.double().cpu().numpy(),
+                view.threshold,
+                found.critical_path(view.threshold),
+                found.growth,
+            )
+        )
     return graphs

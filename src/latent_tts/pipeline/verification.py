@@ -46,20 +46,20 @@ class Verification:
     def lines(self) -> list[str]:
         """What a person reads: the largest deviation, and the first changed answers."""
         rows, changed = self.rows, self.changed
-        close = int((changed["margin"] < MIN_MARGIN).sum())
         largest = rows.iloc[int(rows["deviation"].to_numpy().argmax())]
-        lines = [
+        left = len(changed) - MAX_CHANGED
+        return [
             f"verified against schedule=sequential: {len(rows)} rollouts, largest deviation of a latent "
             f"{largest['deviation']:.2g} (question {largest['question_id']}, rollout {largest['rollout']}), "
-            f"{len(changed)} changed answers, {close} of them with a margin below {MIN_MARGIN:g}",
+            f"{len(changed)} changed answers, {(changed['margin'] < MIN_MARGIN).sum()} of them with a margin below "
+            f"{MIN_MARGIN:g}",
             *(
                 f"question {row.question_id}, rollout {row.rollout}: {row.prediction} instead of {row.sequential} "
                 f"(margin {row.margin:.2g})"
                 for row in changed.head(MAX_CHANGED).itertuples()
             ),
+            *([f"and {left} more, in {VERIFICATION}"] if left > 0 else []),
         ]
-        left = len(changed) - MAX_CHANGED
-        return lines + [f"and {left} more, in {VERIFICATION}"] * (left > 0)
 
     def check(self) -> None:
         """Raise RunError if the schedule promises equality and rounding cannot explain a difference."""
@@ -101,12 +101,11 @@ def verify(spec: RunSpec, drawn: RunRollouts, folder: Path) -> Verification:
     deviation[(drawn.rows["latent_steps"] != other.rows["latent_steps"]).to_numpy()] = np.inf
     here, there = rollout_table(spec, drawn), rollout_table(sequential, other)
     prediction, wanted = here["prediction"], there["prediction"]
-    changed = (prediction != wanted) & ~(prediction.isna() & wanted.isna())
     table = here[["question_id", "rollout", "prediction"]].assign(
         sequential=wanted,
         deviation=deviation,
         margin=np.minimum(here["answer_margin"], there["answer_margin"]),
-        changed=changed,
+        changed=(prediction != wanted) & ~(prediction.isna() & wanted.isna()),
     )
     return Verification(table, exact=spec.schedule.exact and spec.engine.dtype == "float32")
 

@@ -8,12 +8,12 @@ Shards are in the layout of the official annotation, so either project reads the
                            {index}.corrects (N) bool           whether the rollout's own answer is right
                            a question without a mixed outcome leaves only {index}.input_ids, a scalar 0
 
-Beside each shard lies `{k}_on0-DIGEST.parquet`, its part of the index, with the gold answers that the labels depend on
-and the digest of the shard; its own digest is in its name. It is written after the shard: a shard without one is not
-there. A reader refuses a damaged shard or part; a writer sets both aside, and their questions are labelled again.
-`annotations.json` holds the settings that made the folder; `index.parquet` joins the parts, without the gold answers,
-at the end.
-`train-rm` reads of them `reasoner` (digest), `reasoner_name`, `sampler`, `latent_id`; every shard has to fit `width`.
+The metadata of a shard hold the rows of its questions, with the gold answers that the labels depend on.
+`annotations.json` holds the settings that made the folder and the digests of its shards; it is written after each
+shard, and a shard that it does not list is not there. A reader refuses a damaged shard; a writer sets it aside, and its
+questions are labelled again. `index.parquet` has the rows of all questions, without the gold answers, at the end.
+`train-rm` reads of the settings `reasoner` (digest), `reasoner_name`, `sampler`, `latent_id`; every shard has to fit
+`width`.
 
 Source: src/annotate_data.py and src/dataset.py of ModalityDance/LatentTTS at 6657f20.
 """
@@ -24,7 +24,9 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
+from functools import cached_property, lru_cache
+from itertools import count
 from pathlib import Path
 from typing import Any, get_args
 
@@ -33,21 +35,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latent_tts.errors import RunError, UsageError, bad_value, require
-from latent_tts.results.files import bytes_digest, digest_in_name, set_aside, settings_digest, whole_file, write_text
-from latent_tts.results.parts import parquet_table
+from latent_tts.results.files import read_record, set_aside, whole_file, write_record
 from latent_tts.types import LabelledQuestion, UnmixedQuestion, UnmixedReason, file_digest
 
 log = logging.getLogger(__name__)
-# parts of format 1 have no gold answers, those of 2 no digests, settings of 3 do not say how the reasoner was computed,
-# so a writer does not resume them
-FORMAT, READABLE = 4, (1, 2, 3, 4)
-DAMAGED = "is damaged; `ltts annotate` with this folder as its output labels its questions again"
-MISSING = "is missing; `ltts annotate` with this folder as its output labels its questions again"
+FORMAT = 5
 SETTINGS, INDEX, COMPUTATION = "annotations.json", "index.parquet", "computation"
+QUESTIONS = "questions"  # in the metadata of a shard
+OTHER_SETTINGS = "was made with other settings"
 MAX_OPEN = 64  # shards kept open
 TENSORS = ("input_ids", "latent_embeds", "estimations", "corrects")
 NO_STEP = -100.0  # the label, on disk, of a step that a rollout does not have
-SHARD_NAME = re.compile(r"(\d+)_on(\d+)\.safetensors")
+SHARD_NAME = re.compile(r"\d+_on\d+\.safetensors")
 INDEX_SCHEMA = pa.schema(
     [
         ("question_id", pa.string()),
@@ -59,7 +58,6 @@ INDEX_SCHEMA = pa.schema(
         ("share_correct", pa.float64()),
     ]
 )
-PART_SCHEMA = INDEX_SCHEMA.append(pa.field("answer", pa.string())).append(pa.field("digest", pa.string()))
 
 
 class AnnotationFolder:
@@ -67,14 +65,13 @@ class AnnotationFolder:
 
     Attributes:
         path: the folder.
-        settings: what made it, `format` included; empty for a folder of official shards.
+        settings: what made it, `format` included, without the path of the questions' file; empty for a folder of
+            official shards.
         complete, rows: whether `finish` was called; most rows of a batch of the last run, None if not known.
         official: there is no `annotations.json`: question ids are the indices as text.
-        width: of every latent, from the settings; a reader of official shards may set it.
-        task_path: where the file of the questions is now, if not where the settings say.
+        width: of every latent, from the settings; a reader of official shards may set it before it reads.
+        task_path: where the file of the questions is now; None if there is none.
     """
-
-    rows: int | None = None
 
     def __init__(
         self,
@@ -94,46 +91,30 @@ class AnnotationFolder:
         Raises:
             UsageError: it was made with other settings or gold answers, is no annotation folder, or holds none.
         """
-        self.path, self._key, self._answers = path, key, answers or {}
-        self._opened: dict[Path, tuple[Any, set[str]]] = {}
-        self._digests: dict[str, str] = {}  # of shards, as the index has them
-        self._whole: set[Path] = set()  # shards whose digests were checked
+        self.path, self._key, self._answers, self._writes = path, key, answers or {}, settings is not None
+        self._opened = lru_cache(MAX_OPEN)(self._open)
         require(key, path, not path.exists() or path.is_dir(), "must be a folder, this is a file")
+        require(key, path, self._writes or path.is_dir(), "no such folder; `ltts annotate` makes one")
+        wanted, self.task_path = ({}, None) if settings is None else _without_path(settings)
+        found = [each.name for each in path.glob("*.safetensors") if SHARD_NAME.fullmatch(each.name)]
         self.official = not (path / SETTINGS).is_file()
-        if self.official and self._parts():
-            raise bad_value(key, path, f"lacks {SETTINGS}, which was written with {self._parts()[0].name}; restore it")
-        if settings is None:
-            require(key, path, path.is_dir(), "no such folder; `ltts annotate` makes one")
-            record = {"settings": {}, "complete": True} if self.official else self._read_settings()
-            if lost := self._lost_parts(record):
-                raise bad_value(key, path / lost, "is no part of this folder" if (path / lost).is_file() else MISSING)
-            require(key, path, bool(self._shards()), "an empty folder: no shards of annotations (K_on0.safetensors)")
-            self.settings, self.complete = record["settings"], bool(record["complete"])
-            self.width: int | None = self.settings.get("width")
-            self.task_path: str | None = record.get("task_path")
+        record = {} if self.official else self._read_record()
+        self.settings, self.complete = record.get("settings", wanted), record.get("complete", not self._writes)
+        self.width, self.rows = self.settings.get("width"), record.get("rows")
+        in_order = sorted(found, key=lambda name: tuple(map(int, re.findall(r"\d+", name))))
+        self._digests: dict[str, str | None] = record.get("shards", dict.fromkeys(in_order))
+        if not self._writes:
+            self.task_path = record.get("task_path")
+            require(key, path, bool(self._digests), "an empty folder: no shards of annotations (K_on0.safetensors)")
             return
-        self.settings, self.complete = json.loads(json.dumps({"format": FORMAT, **settings})), False
-        self.width, self.task_path = self.settings.get("width"), None
-        if self.official:
-            require(key, path, not self._shards(), f"holds shards but no {SETTINGS}; choose another folder")
-            path.mkdir(parents=True, exist_ok=True)
-            self._write_settings()
-            self.official = False
-        else:
-            record = self._read_settings()
-            self._refuse_other_settings(record["settings"], _at_place_of(self.settings, record["settings"]))
-            self.task_path = _task_path(self.settings)
-            self.settings = record["settings"]
-            self.complete, self.rows = bool(record["complete"]), record["rows"]
-            if lost := self._lost_parts(record):
-                log.warning("%s: parts are missing, such as %s; their questions are labelled again", path, lost)
-                self._write_settings()
-            self._set_damaged_aside()
-            self._refuse_other_questions()
-        parts = {_shard_of(part) for part in self._parts()}
-        for shard in self._shards():  # stopped between a shard and its part of the index
-            if shard.name not in parts:
-                shard.unlink()
+        require(key, path, not (self.official and found), f"holds shards but no {SETTINGS}; choose another folder")
+        self.official = False
+        for name in {**wanted, **self.settings}:
+            if name != COMPUTATION:  # known once the reasoner is loaded
+                self._require_same(OTHER_SETTINGS, name, self.settings.get(name), wanted.get(name))
+        self._require_same_questions()
+        path.mkdir(parents=True, exist_ok=True)
+        self._write_record()
 
     @property
     def task(self) -> dict[str, Any] | None:
@@ -144,7 +125,7 @@ class AnnotationFolder:
     def made_with(self, settings: Mapping[str, Any]) -> bool:
         """Whether these are its settings, however the reasoner was computed."""
         own = {name: value for name, value in self.settings.items() if name != COMPUTATION}
-        return own == _at_place_of(settings, own)
+        return own == _without_path(settings)[0]
 
     def settle_computation(self, way: Mapping[str, str]) -> None:
         """Record how the reasoner is computed; to be called before `add`, once the reasoner is loaded.
@@ -152,18 +133,16 @@ class AnnotationFolder:
         Raises:
             UsageError: the existing labels were made with a reasoner that is computed in another way.
         """
-        if COMPUTATION in self.settings:
-            self._refuse_other_settings(self.settings, {**self.settings, COMPUTATION: dict(way)})
-            return
-        self.settings[COMPUTATION] = dict(way)
-        self._write_settings(complete=self.complete)
+        there = self.settings.setdefault(COMPUTATION, dict(way))
+        self._require_same(OTHER_SETTINGS, COMPUTATION, there, dict(way))
+        self._write_record()
 
     def present(self) -> set[str]:
         """Ids of the questions that are done, kept or dropped."""
-        return set(self.index()["question_id"].to_pylist())
+        return set(self._rows)
 
     def add(self, entries: Sequence[LabelledQuestion | UnmixedQuestion]) -> None:
-        """Write one shard and its part of the index.
+        """Write one shard, and its digest into the record.
 
         Raises:
             ValueError: arrays that do not fit each other or the folder's settings.
@@ -171,21 +150,14 @@ class AnnotationFolder:
         """
         from safetensors.numpy import save_file
 
-        if not entries:
-            return
-        if self.complete:  # more questions than the run that finished it had
-            self._write_settings()
-        places = [int(match[1]) for shard in self._shards() if (match := SHARD_NAME.fullmatch(shard.name))]
-        shard = self.path / f"{max(places, default=-1) + 1}_on0.safetensors"
+        shard = next(name for number in count() if (name := f"{number}_on0.safetensors") not in self._digests)
         tensors, rows = {}, []
         for entry in entries:
             row: dict[str, Any] = {
-                "question_id": entry.question_id, "index": entry.index, "shard": shard.name,
+                "question_id": entry.question_id, "index": entry.index, "shard": shard,
                 "answer": self._answers.get(entry.question_id), "kept": isinstance(entry, LabelledQuestion),
             }  # fmt: skip
             if isinstance(entry, UnmixedQuestion):
-                if entry.reason not in get_args(UnmixedReason):
-                    raise ValueError(f"question {entry.question_id}: no such reason {entry.reason!r}")
                 tensors[f"{entry.index}.input_ids"] = np.array(0, dtype=np.int64)
                 share = float(entry.reason == "all_correct")
                 row |= {"rollouts": entry.rollouts, "reason": entry.reason, "share_correct": share}
@@ -199,54 +171,50 @@ class AnnotationFolder:
                 kinds = (np.int64, np.float32, np.float32, np.bool_)
                 for name, array, kind in zip(TENSORS, arrays, kinds, strict=True):
                     tensors[f"{entry.index}.{name}"] = np.ascontiguousarray(array, dtype=kind)
-                row |= {"rollouts": len(entry.corrects_N), "share_correct": float(entry.corrects_N.mean())}
+                share = float(entry.corrects_N.mean())
+                row |= {"rollouts": len(entry.corrects_N), "reason": None, "share_correct": share}
             rows.append(row)
-        with whole_file(shard) as partial:
-            save_file(tensors, partial, metadata={"settings": settings_digest(self.settings)})
-        digest = file_digest(shard)
-        part = pa.Table.from_pylist([row | {"digest": digest} for row in rows], schema=PART_SCHEMA)
-        with whole_file(shard.with_suffix(".parquet"), add_digest=True) as partial:
-            pq.write_table(part, partial.absolute())
+        with whole_file(self.path / shard) as partial:
+            save_file(tensors, partial, metadata={QUESTIONS: json.dumps(rows)})
+        self._rows.update((row["question_id"], row) for row in rows)
+        self._digests[shard], self.complete = file_digest(self.path / shard), False
+        self._write_record()
 
     def finish(self) -> dict[str, int]:
-        """Join the index and mark the folder complete; returns how many questions were kept, and dropped by reason."""
-        counts = self.counts()
+        """Write the index and mark the folder complete; returns how many questions were kept, and dropped by reason."""
         with whole_file(self.path / INDEX) as partial:
-            pq.write_table(self.index(), partial.absolute())
-        self._write_settings(counts, complete=True)
-        return counts
+            pq.write_table(pa.Table.from_pylist(self.index(), schema=INDEX_SCHEMA), partial.absolute())
+        self.complete = True
+        self._write_record()
+        return self.counts()
 
     def counts(self) -> dict[str, int]:
         """How many questions were `kept`, and how many dropped, by reason (`unknown` in official shards)."""
-        reasons = Counter(self.index()["reason"].to_pylist())
+        reasons = Counter(row["reason"] for row in self._rows.values())
         names = ["unknown"] if self.official else get_args(UnmixedReason)
         return {"kept": reasons[None], **{name: reasons[name] for name in names}}
 
-    def index(self) -> pa.Table:
-        """The index (columns of `INDEX_SCHEMA`) by ascending index, a row per question; the last shard wins.
+    def index(self) -> list[dict[str, Any]]:
+        """The rows (columns of `INDEX_SCHEMA`) of the questions by ascending index; the last shard wins.
 
         Raises:
-            UsageError: a part cannot be read, or names a shard that does not exist.
+            UsageError: a shard is missing, damaged, or holds tensors whose shapes do not fit the settings.
         """
-        rows = self._official_rows() if self.official else self._part_rows()
-        by_id = {row["question_id"]: row for row in rows}
-        return pa.Table.from_pylist(sorted(by_id.values(), key=lambda row: row["index"]), schema=INDEX_SCHEMA)
+        return sorted(self._rows.values(), key=lambda row: row["index"])
 
     def read(self) -> Iterator[LabelledQuestion]:
         """The kept questions by ascending index; raises what `entry` raises."""
-        for row in self.index().to_pylist():
-            if row["kept"]:
-                yield self.entry(row)
+        return (self.entry(row) for row in self.index() if row["kept"])
 
     def entry(self, row: Mapping[str, Any]) -> LabelledQuestion:
         """One kept question by its row of the index.
 
         Raises:
-            UsageError: its shard is cut off, of another run, or holds tensors that do not fit.
+            UsageError: its shard holds tensors that numpy cannot read, or numbers that cannot be.
         """
-        shard, index, names = self._fitting(row)
+        shard, index = self._opened(row["shard"]), row["index"]
         try:
-            ids, latents, labels, corrects = (shard.get_tensor(name) for name in names)
+            ids, latents, labels, corrects = (shard.get_tensor(f"{index}.{name}") for name in TENSORS)
         except Exception as error:  # the Rust side raises its own kinds, TypeError for bfloat16 among them
             raise bad_value(self._key, self.path / row["shard"], f"cannot be read as numpy arrays ({error})") from error
         if ids.ndim < 2 or (ids.ndim == 2 and len(ids) == 1):  # the official layout also allows one row for all
@@ -260,190 +228,106 @@ class AnnotationFolder:
             raise self._misfit(row, wrong)
         return entry
 
-    def check(self) -> None:
-        """Hold every kept question's tensors against the settings by their shapes, without reading them.
+    @cached_property
+    def _rows(self) -> dict[str, dict[str, Any]]:
+        """The rows of all questions by their ids. A writer sets damaged shards aside, so that theirs are missing."""
+        rows = {}
+        for shard, digest in list(self._digests.items()):
+            path = self.path / shard
+            if digest is None or (path.is_file() and file_digest(path) == digest):
+                rows |= {row["question_id"]: row for row in self._rows_of(shard)}
+                continue
+            state = "damaged" if path.is_file() else "missing"
+            again = "`ltts annotate` with this folder as its output labels its questions again"
+            require(self._key, path, self._writes, f"is {state}; {again}")
+            log.warning("%s is %s: its questions are labelled again", path, state)
+            set_aside(path)
+            del self._digests[shard]
+            self.complete = False
+        return rows
 
-        Raises:
-            UsageError: as `entry`.
-        """
-        for row in self.index().to_pylist():
+    def _rows_of(self, shard: str) -> Iterator[dict[str, Any]]:
+        opened = self._opened(shard)
+        names, metadata = set(opened.keys()), opened.metadata() or {}
+        if self.official:
+            own = f"lacks {SETTINGS}, which was written with {shard}; restore it"
+            require(self._key, self.path, QUESTIONS not in metadata, own)
+            rows = _official_rows(opened, names, shard)
+        else:
+            rows = json.loads(metadata[QUESTIONS])
+        for row in rows:
             if row["kept"]:
-                self._fitting(row)
-
-    def _fitting(self, row: Mapping[str, Any]) -> tuple[Any, int, list[str]]:
-        """The opened shard of a row, its index there, and the names of its tensors, whose shapes fit."""
-        path, index = self.path / row["shard"], row["index"]
-        if path not in self._opened:
-            if len(self._opened) >= MAX_OPEN:
-                self._opened.pop(next(iter(self._opened)))
-            opened = self._open(path)
-            self._opened[path] = opened, set(opened.keys())
-        opened, known = self._opened[path]
-        names = [f"{index}.{part}" for part in TENSORS]
-        if missing := [name for name in names if name not in known]:
-            raise self._misfit(row, f"lacks the tensor {missing[0]}")
-        ids, latents, labels, corrects = (tuple(opened.get_slice(name).get_shape()) for name in names)
-        if self.official and len(latents) == 3 and (len(ids) == 1 or ids[:1] == (1,)):
-            ids = (latents[0], ids[-1])
-        if wrong := _wrong_shapes([ids, latents, labels, corrects], self.width):
-            raise self._misfit(row, wrong)
-        return opened, index, names
+                own_names = [f"{row['index']}.{name}" for name in TENSORS]
+                if missing := [name for name in own_names if name not in names]:
+                    raise self._misfit(row, f"lacks the tensor {missing[0]}")
+                ids, latents, labels, corrects = (tuple(opened.get_slice(name).get_shape()) for name in own_names)
+                if self.official and len(latents) == 3 and (len(ids) == 1 or ids[:1] == (1,)):
+                    ids = (latents[0], ids[-1])
+                if wrong := _wrong_shapes([ids, latents, labels, corrects], self.width):
+                    raise self._misfit(row, wrong)
+            yield row
 
     def _misfit(self, row: Mapping[str, Any], wrong: str) -> UsageError:
         return bad_value(self._key, self.path / row["shard"], f"question {row['question_id']}: {wrong}")
 
-    def _parts(self) -> list[Path]:
-        return sorted(self.path.glob("*_on*.parquet"), key=_place)
-
-    def _part_rows(self) -> Iterator[dict[str, Any]]:
-        for part in self._parts():
-            for row in self._read_part(part):
-                require(
-                    self._key,
-                    part,
-                    bool(SHARD_NAME.fullmatch(str(row["shard"]))),
-                    f"names {row['shard']!r}, which is no shard's name",
-                )
-                require(
-                    self._key,
-                    self.path,
-                    (self.path / row["shard"]).is_file(),
-                    f"the index names {row['shard']}, which does not exist",
-                )
-                if row["digest"] is not None:
-                    self._digests.setdefault(row["shard"], row["digest"])
-                yield row
-
-    def _read_part(self, part: Path) -> list[dict[str, Any]]:
-        """The rows of a part; a column that an earlier format lacks is empty."""
-        try:
-            content = part.read_bytes()
-            require(
-                self._key, part, self.settings["format"] < 3 or bytes_digest(content) == digest_in_name(part), DAMAGED
-            )
-            return parquet_table(content, schema=PART_SCHEMA).to_pylist()
-        except (OSError, pa.ArrowException) as error:
-            raise bad_value(self._key, part, f"cannot be read ({str(error).splitlines()[0]})") from error
-
-    def _set_damaged_aside(self) -> None:
-        """Rename parts and shards that are not what was written, so that their questions count as missing."""
-        for part in self._parts():
-            shard = self.path / _shard_of(part)
-            try:
-                whole = file_digest(shard) == self._read_part(part)[0]["digest"]
-            except (OSError, UsageError):
-                whole = False
-            if whole:
-                continue
-            log.warning("%s or its part of the index is damaged: both are set aside, as *.damaged", shard)
-            for path in (part, shard):
-                set_aside(path)
-            self._write_settings()
-
-    def _official_rows(self) -> Iterator[dict[str, Any]]:
-        for shard in self._shards():
-            opened = self._open(shard)
-            names = set(opened.keys())
-            for name in sorted(names):
-                index, _, part = name.rpartition(".")
-                if part != "input_ids" or not index.isdigit():
-                    continue
-                kept = {f"{index}.estimations", f"{index}.corrects"} <= names
-                corrects = opened.get_tensor(f"{index}.corrects") if kept else np.zeros(0)
-                yield {
-                    "question_id": index, "index": int(index), "shard": shard.name, "kept": kept,
-                    "rollouts": corrects.size, "reason": None if kept else "unknown",
-                    "share_correct": float(corrects.mean()) if kept else None,
-                }  # fmt: skip
-
-    def _open(self, shard: Path) -> Any:
+    def _open(self, shard: str) -> Any:
         from safetensors import SafetensorError, safe_open
 
-        if shard.name in self._digests and shard not in self._whole:
-            require(self._key, shard, file_digest(shard) == self._digests[shard.name], DAMAGED)
-            self._whole.add(shard)
         try:
-            opened = safe_open(shard, framework="np")
-            opened.__enter__()
+            return safe_open(self.path / shard, framework="np")
         except (SafetensorError, OSError) as error:
-            raise bad_value(self._key, shard, f"cut off, or not safetensors ({error})") from error
-        require(
-            self._key,
-            shard,
-            bool(self.official) or (opened.metadata() or {}).get("settings") == settings_digest(self.settings),
-            f"a shard of another run: its settings are not those of {SETTINGS}",
-        )
-        return opened
+            raise bad_value(self._key, self.path / shard, f"cut off, or not safetensors ({error})") from error
 
-    def _shards(self) -> list[Path]:
-        found = self.path.glob("*.safetensors") if self.path.is_dir() else []
-        return sorted((path for path in found if SHARD_NAME.fullmatch(path.name)), key=_place)
+    def _read_record(self) -> dict[str, Any]:
+        path, record = self.path / SETTINGS, read_record(self.path / SETTINGS) or {}
+        another = "is damaged, or not the record of annotations; restore it, or annotate into another folder"
+        require(self._key, path, "settings" in record, another)
+        found = record["settings"].get("format")
+        another = f"format {found}, written by another version: annotate into another folder"
+        require(self._key, path, found == FORMAT, another)
+        return record
 
-    def _read_settings(self) -> dict[str, Any]:
-        path = self.path / SETTINGS
-        try:
-            record = json.loads(path.read_text())
-            if not isinstance(record["settings"], dict):
-                raise ValueError("settings is not an object")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise bad_value(self._key, path, f"is not the record of annotations ({error})") from error
-        if (found := record["settings"].get("format")) not in READABLE:
-            raise bad_value(self._key, path, f"format {found}, this version reads {READABLE[0]} to {FORMAT}")
-        is_whole = record.pop("digest", None) in (None, settings_digest(record))  # earlier versions wrote none
-        require(self._key, path, is_whole, "is damaged; restore it, or annotate into another folder")
-        return {"complete": False, "rows": None, "parts": None, **record}
+    def _write_record(self) -> None:
+        names = ("settings", "complete", "rows", "task_path")
+        record = {name: getattr(self, name) for name in names}
+        write_record(self.path / SETTINGS, record | {"shards": self._digests})
 
-    def _write_settings(self, counts: Mapping[str, int] | None = None, *, complete: bool = False) -> None:
-        self.complete = complete
-        record = {
-            "settings": self.settings, "complete": complete, "rows": self.rows, "counts": counts or {},
-            "task_path": self.task_path,
-            "parts": [part.name for part in self._parts()] if complete else None,
-        }  # fmt: skip
-        content = record | {"digest": settings_digest(record)}
-        write_text(self.path / SETTINGS, json.dumps(content, indent=1) + "\n")
+    def _require_same(self, what: str, name: str, there: object, now: object) -> None:
+        if there != now:
+            raise UsageError(
+                f"{self._key}={self.path}: {what}; choose another folder or remove it\n"
+                f"{name}: {json.dumps(there)} there, {json.dumps(now)} now"
+            )
 
-    def _lost_parts(self, record: Mapping[str, Any]) -> str | None:
-        """A part that a finished folder lacks, or has though it is none of its own; None if there is no such part."""
-        if not record["complete"] or record.get("parts") is None:
-            return None
-        return min(set(record["parts"]) ^ {part.name for part in self._parts()}, default=None)
-
-    def _refuse_other_settings(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-        for name in [*wanted, *found]:
-            ours, theirs = wanted.get(name), found.get(name)
-            if ours != theirs and (name in wanted or name != COMPUTATION):  # known only once the reasoner is loaded
-                raise UsageError(
-                    f"{self._key}={self.path}: was made with other settings; choose another folder or remove it\n"
-                    f"{name}: {json.dumps(theirs)} there, {json.dumps(ours)} now"
-                )
-
-    def _refuse_other_questions(self) -> None:
+    def _require_same_questions(self) -> None:
         ids = list(self._answers)
-        for row in self._part_rows():
-            if row["index"] < len(ids) and ids[row["index"]] != row["question_id"]:
-                raise UsageError(
-                    f"{self._key}={self.path}: was made with other questions; choose another folder or remove it\n"
-                    f"question {row['index'] + 1}: {row['question_id']} there, {ids[row['index']]} now"
-                )
-            ours, theirs = self._answers.get(row["question_id"]), row["answer"]
-            if ours is not None and ours != theirs:
-                raise UsageError(
-                    f"{self._key}={self.path}: question {row['question_id']} was labelled by another gold answer; "
-                    f"choose another folder or remove it\nanswer: {json.dumps(theirs)} there, {json.dumps(ours)} now"
-                )
+        for row in self._rows.values():
+            question, index = row["question_id"], row["index"]
+            if index < len(ids):
+                self._require_same("was made with other questions", f"question {index + 1}", question, ids[index])
+            if question in self._answers:
+                what = f"question {question} was labelled by another gold answer"
+                self._require_same(what, "answer", row["answer"], self._answers[question])
 
 
-def _task_path(settings: Mapping[str, Any]) -> str | None:
-    task = settings.get("task")
-    return task.get("path") if isinstance(task, Mapping) else None
+def _official_rows(opened: Any, names: Set[str], shard: str) -> Iterator[dict[str, Any]]:
+    for name in sorted(names):
+        index, _, part = name.rpartition(".")
+        if part != "input_ids" or not index.isdigit():
+            continue
+        kept = {f"{index}.estimations", f"{index}.corrects"} <= names
+        corrects = opened.get_tensor(f"{index}.corrects") if kept else np.zeros(0)
+        yield {
+            "question_id": index, "index": int(index), "shard": shard, "kept": kept,
+            "rollouts": corrects.size, "reason": None if kept else "unknown",
+            "share_correct": float(corrects.mean()) if kept else None,
+        }  # fmt: skip
 
 
-def _at_place_of(settings: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that name the task's file as others do: which questions it has is told from the questions."""
-    if None in (_task_path(settings), there := _task_path(found)):
-        return dict(settings)
-    return {**settings, "task": {**settings["task"], "path": there}}
+def _without_path(settings: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """Settings without the path of the task's file, and that path: the questions themselves say which they are."""
+    own: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **settings}))
+    return own, (own.get("task") or {}).pop("path", None)
 
 
 def _wrong_shapes(shapes: Sequence[tuple[int, ...]], wanted: int | None) -> str | None:
@@ -471,13 +355,3 @@ def _wrong_values(entry: LabelledQuestion) -> str | None:
         "estimations has labels outside of [0, 1]": not in_range_NT[has_step_NT].all(),
     }
     return next((problem for problem, is_so in problems.items() if is_so), None)
-
-
-def _shard_of(part: Path) -> str:
-    """The name of the shard that a part of the index is of."""
-    return f"{part.stem.partition('-')[0]}.safetensors"
-
-
-def _place(path: Path) -> tuple[int, int, str]:
-    numbers = re.match(r"(\d+)_on(\d+)", path.name)
-    return (int(numbers[1]), int(numbers[2]), path.name) if numbers else (-1, -1, path.name)

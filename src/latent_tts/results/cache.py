@@ -22,15 +22,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latent_tts.errors import UsageError, bad_value, require
-from latent_tts.results.files import set_aside, settings_digest, whole_file, write_text
+from latent_tts.results.files import read_record, set_aside, settings_digest, whole_file, write_record, write_text
 from latent_tts.results.parts import (
     MAX_PART_BYTES,
     PLACE,
     GatheredRows,
-    PartIndex,
-    intact_table,
     part_files,
+    tables_holding,
     whole_parts,
+    whole_table,
     write_part,
 )
 from latent_tts.types import Computation, Floats, read_object
@@ -130,15 +130,6 @@ class PartCache:
         if self._read_only is not None:
             raise UsageError(f"{self._read_only}, and {what}")
 
-    def _tables(self, rows: GatheredRows, columns: list[str]) -> Iterator[pa.Table]:
-        """Columns of the parts that may hold rows which are still missing, one part after another."""
-        index = PartIndex(self.folder)
-        for path, table in whole_parts([*index.holding(rows), *index.unknown], columns):
-            if path in index.unknown:
-                index.add(path, table)
-            yield table
-        index.save()
-
 
 @functools.cache
 def _warn_read_only(root: Path, why: str) -> None:
@@ -159,7 +150,7 @@ class RolloutCache(PartCache):
             RunError: a part cannot be read, or is damaged and cannot be set aside.
         """
         names = [name for name in ROLLOUT_SCHEMA.names if scores or not name.startswith((SCORING, "scored"))]
-        for table in self._tables(rows, names):
+        for table in tables_holding(self.folder, rows, names):
             rows.take(table)
             if not scores:
                 continue
@@ -180,19 +171,15 @@ class RolloutCache(PartCache):
 
     def write_computation(self, computation: Computation) -> None:
         """Write down, beside the rollouts, how they were computed."""
-        said = asdict(computation)
-        write_text(self.folder / COMPUTATION, json.dumps(said | {"digest": settings_digest(said)}, indent=1) + "\n")
+        write_record(self.folder / COMPUTATION, asdict(computation))
 
     def read_computation(self) -> Computation | None:
         """How the rollouts were computed; None where that is not known. A damaged file is set aside."""
         path = self.folder / COMPUTATION
-        if not path.is_file():
-            return None
-        said = read_object(path)
-        digest = said.pop("digest", None)  # earlier versions wrote none
-        if digest in (None, settings_digest(said)) and {"attention", "logits", "reason"} <= said.keys():
-            return Computation(said["attention"], said["logits"], said["reason"])
-        log.warning("%s is damaged: it is now %s", path, set_aside(path).name)
+        if (said := read_record(path)) is not None:
+            return Computation(**said)
+        if path.is_file():
+            log.warning("%s is damaged: it is now %s", path, set_aside(path).name)
         return None
 
 
@@ -205,7 +192,7 @@ class ScoreCache(PartCache):
 
     def gather(self, scores: GatheredRows) -> None:
         """Gather the missing ones of some rows, with columns of `SCORE_FIELDS`; see `RolloutCache.gather`."""
-        for table in self._tables(scores, SCORE_SCHEMA.names):
+        for table in tables_holding(self.folder, scores, SCORE_SCHEMA.names):
             scores.take(table)
 
 
@@ -257,7 +244,9 @@ def write_direction_sums(folder: Path, sums: Mapping[str, tuple[int, np.ndarray]
 
 
 def _sums(path: Path) -> list[dict[str, Any]]:
-    table = intact_table(path, SUMS_SCHEMA)
+    table = None
+    with suppress(OSError):
+        table = whole_table(path, SUMS_SCHEMA.names)
     return [] if table is None else table.to_pylist()
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from latent_tts.errors import bad_value
-from latent_tts.types import file_digest, text_digest
+from latent_tts.types import file_digest, read_object, text_digest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,10 +37,17 @@ T = TypeVar("T")
 
 
 @contextmanager
-def written_in_parts(write: Callable[[list[T]], None]) -> Iterator[Callable[[Iterable[T]], None]]:
+def written_in_parts(
+    write: Callable[[list[T]], None], size: Callable[[T], int] = lambda result: 0, limit: int = 1
+) -> Iterator[Callable[[Iterable[T]], None]]:
     """A function that takes results; `write` gets them two seconds' worth at a time, and the rest at the end.
 
     However it ends: an interruption loses no result that was taken.
+
+    Args:
+        write: what writes results.
+        size: of a result.
+        limit: of the size of results that are not written yet.
     """
     pending: list[T] = []
     written = time.perf_counter()
@@ -48,7 +55,8 @@ def written_in_parts(write: Callable[[list[T]], None]) -> Iterator[Callable[[Ite
     def take(results: Iterable[T]) -> None:
         nonlocal pending, written
         pending += results
-        if pending and time.perf_counter() - written > SECONDS_BETWEEN_PARTS:
+        late = pending and time.perf_counter() - written > SECONDS_BETWEEN_PARTS
+        if late or sum(map(size, pending)) >= limit:
             done, pending = pending, []
             write(done)
             written = time.perf_counter()
@@ -85,10 +93,15 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def digest_in_name(path: Path) -> str | None:
-    """The digest of its content that `whole_file` added to a name; None where there is none."""
-    found = re.search(r"-([0-9a-f]{16})$", path.stem)
-    return None if found is None else found[1]
+def write_record(path: Path, record: Mapping[str, Any], indent: int | None = 1) -> None:
+    """Write a JSON-able mapping with its digest; `indent` as in `json.dumps`."""
+    write_text(path, json.dumps({**record, "digest": settings_digest(record)}, indent=indent) + "\n")
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """What `write_record` wrote; None where it is missing or damaged."""
+    record = read_object(path)
+    return record if record.pop("digest", None) == settings_digest(record) else None
 
 
 def launch_rank() -> int:

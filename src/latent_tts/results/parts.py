@@ -20,14 +20,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from latent_tts.errors import RunError
-from latent_tts.results.files import SECONDS_BETWEEN_PARTS, bytes_digest, digest_in_name, set_aside, whole_file
+from latent_tts.results.files import bytes_digest, read_record, set_aside, whole_file, write_record, written_in_parts
 from latent_tts.types import Bools, Float32, Int64
 
-PART_SUFFIX, INDEX_SUFFIX = ".parquet", ".index"
+PART_SUFFIX, INDEX = ".parquet", "index.json"
 PART_NAME = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}\.parquet")
 MAX_PART_BYTES = 12 << 20  # in memory; on the disk a part is smaller, and never larger than 16 MB
 MIN_RELEASED_BYTES = 1 << 20  # giving back less takes longer than reading it
@@ -35,9 +34,6 @@ MAX_WAITING = 4  # tables that the writer has not taken yet
 SECONDS_TO_SAY = 10.0  # that the work has waited for the disk
 PLACE = ["row_key", "rollout"]  # what identifies a row
 FRACTIONS = pa.list_(pa.float32())
-INDEX_SCHEMA = pa.schema(
-    [("part", pa.string()), ("row_key", pa.string()), ("first", pa.int32()), ("count", pa.int32())]
-)
 log = logging.getLogger(__name__)
 pa.set_memory_pool(pa.system_memory_pool())  # see `release_memory`
 
@@ -92,17 +88,11 @@ class PartWriter:
         log.warning("%s: what was computed last is lost: %s", self._folder, self._error)
 
     def _write_all(self) -> None:
-        pending: list[pa.Table] = []
-        queued, written = iter(self._queue.get, None), time.perf_counter()
+        queued = iter(self._queue.get, None)
         try:
-            for make in queued:
-                pending.append(make())
-                late = time.perf_counter() - written > SECONDS_BETWEEN_PARTS
-                if late or sum(table.nbytes for table in pending) >= MAX_PART_BYTES:
-                    self._write(pending)
-                    pending, written = [], time.perf_counter()
-            if pending:
-                self._write(pending)
+            with written_in_parts(self._write, lambda table: table.nbytes, MAX_PART_BYTES) as take:
+                for make in queued:
+                    take([make()])
         except BaseException as error:
             self._error = error
             for _ in queued:  # no `put` may wait for a place in the queue
@@ -122,6 +112,27 @@ class PartWriter:
 def part_files(folder: Path) -> list[Path]:
     """The parts of a folder, damaged or not."""
     return sorted(path for path in folder.glob(f"*{PART_SUFFIX}") if PART_NAME.fullmatch(path.name))
+
+
+def tables_holding(folder: Path, rows: GatheredRows, columns: list[str]) -> Iterator[pa.Table]:
+    """Columns of the whole parts that hold rows which are still missing, one part after another.
+
+    Which rows a part holds is in an index beside the parts. Of parts that are not in it, all is read.
+
+    Raises:
+        RunError: see `whole_parts`.
+    """
+    there, known = part_files(folder), read_record(folder / INDEX) or {}
+    index = {path.name: known[path.name] for path in there if path.name in known}
+    holding = [path for path in there if path.name not in index or rows.any_missing(index[path.name])]
+    for path, table in whole_parts(holding, columns):
+        if path.name not in index:
+            runs = runs_of(table.select(PLACE).to_pandas())
+            index[path.name] = [(key, numbers.start, len(numbers)) for key, numbers in runs]
+        yield table
+    if index != known:
+        with suppress(OSError):  # without it, the parts are read
+            write_record(folder / INDEX, index, indent=None)
 
 
 def whole_parts(paths: Iterable[Path], columns: list[str]) -> Iterator[tuple[Path, pa.Table]]:
@@ -148,78 +159,20 @@ def whole_parts(paths: Iterable[Path], columns: list[str]) -> Iterator[tuple[Pat
 
 
 def whole_table(path: Path, columns: list[str]) -> pa.Table | None:
-    """Columns of a file; None for one whose bytes are not those that were written."""
-    content = path.read_bytes()
-    if bytes_digest(content) != digest_in_name(path):
-        return None
-    try:
-        table = parquet_table(content, columns=columns)
-    except pa.ArrowException:
-        return None
-    return table if set(columns) <= set(table.column_names) else None
-
-
-def parquet_table(content: bytes, **options: Any) -> pa.Table:
-    """The table in the content of a Parquet file; raises pa.ArrowException.
+    """Columns of a file whose name holds its digest; None where its bytes are not those that were written.
 
     Arrow reads a copy of its own. Its threads let go of what they read a little later: of an object of Python, when
     Python may be ending, which aborts the process.
-
-    Args:
-        content: of the file.
-        **options: of `pq.read_table`.
     """
+    content = path.read_bytes()
+    if not path.stem.endswith(f"-{bytes_digest(content)}"):
+        return None
     copy = pa.BufferOutputStream()
     copy.write(content)
-    return pq.read_table(pa.BufferReader(copy.getvalue()), **options)
-
-
-class PartIndex:
-    """Which rollouts each part of a folder holds, in a file beside them; where that is missing, parts are read."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._files = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
-        tables = [table for path in self._files if (table := intact_table(path, INDEX_SCHEMA)) is not None]
-        self._table = pa.concat_tables([INDEX_SCHEMA.empty_table(), *tables])
-        there = {path.name: path for path in part_files(folder)}
-        known = set(self._table["part"].unique().to_pylist())
-        self._paths = {name: path for name, path in there.items() if name in known}
-        self._changed = len(self._files) > 1 or len(tables) < len(self._files) or not known <= there.keys()
-        self.unknown = [path for name, path in there.items() if name not in known]
-
-    def holding(self, rows: GatheredRows) -> list[Path]:
-        """The parts that hold rows which are still missing, as far as the index knows."""
-        table = self._table.filter(rows.any_missing(self._table))
-        return sorted(self._paths[name] for name in table["part"].unique().to_pylist() if name in self._paths)
-
-    def add(self, path: Path, table: pa.Table) -> None:
-        """Take in what a part holds."""
-        keys, runs = zip(*runs_of(table.select(PLACE).to_pandas()), strict=True)
-        entry = [[path.name] * len(keys), keys, [run.start for run in runs], [len(run) for run in runs]]
-        entries = pa.table(dict(zip(INDEX_SCHEMA.names, entry, strict=True)), schema=INDEX_SCHEMA)
-        self._table, self._changed = pa.concat_tables([self._table, entries]), True
-        self._paths[path.name] = path
-
-    def save(self) -> None:
-        """Write the index, if it has changed, in place of those that were read."""
-        if not self._changed:
-            return
-        there = pa.array(sorted(self._paths), pa.string())
-        table = self._table.filter(pc.call_function("is_in", [self._table["part"]], pc.SetLookupOptions(there)))
-        with suppress(OSError):  # without it, the parts are read
-            with whole_file(self._folder / f"{uuid.uuid4().hex}{INDEX_SUFFIX}", add_digest=True) as path:
-                pq.write_table(table, path.absolute(), compression="zstd")
-            for path in self._files:
-                path.unlink(missing_ok=True)
-
-
-def intact_table(path: Path, schema: pa.Schema) -> pa.Table | None:
-    """The columns of a schema out of a file; None for one that is damaged or cannot be read."""
-    table = None
-    with suppress(OSError):
-        table = whole_table(path, schema.names)
-    return None if table is None else table.cast(schema)
+    try:
+        return pq.read_table(pa.BufferReader(copy.getvalue()), columns=columns).select(columns)
+    except (pa.ArrowException, KeyError):  # whole, and of another version
+        return None
 
 
 def runs_of(places: pd.DataFrame) -> list[tuple[str, range]]:
@@ -255,11 +208,11 @@ class GatheredRows:
         self._first, self._place = ids[places[order]], places[order]
         self._count = np.diff(places, append=len(ids))[order]
         self._found = np.zeros(len(ids), dtype=np.bool_)
-        self._pieces: list[tuple[np.ndarray, pa.Table]] = []
+        self._pieces = [(np.zeros(0, dtype=np.int64), schema.empty_table())]
 
     def take(self, table: pa.Table, which: Bools | None = None) -> None:
         """Keep those rows of a table (of those that `which` names) that are wanted and still missing."""
-        places = self._places(table)
+        places = self._places(self._ids_of(table))
         fresh = (places >= 0) & ~self._found[places]
         if which is not None:
             fresh &= which
@@ -272,20 +225,13 @@ class GatheredRows:
 
     def contains(self, table: pa.Table) -> Bools:
         """Which rows of a table are wanted."""
-        return self._places(table) >= 0
+        return self._places(self._ids_of(table)) >= 0
 
-    def any_missing(self, runs: pa.Table) -> pa.Array:
-        """Which runs (columns `row_key`, `first`, `count`) hold a row that is still missing."""
-        missing = np.concatenate([[0], np.cumsum(~self._found)])
-        before = np.cumsum(missing[self._place + self._count] - missing[self._place])
-
-        def missing_below(ids: Int64) -> Int64:
-            run = (self._first.searchsorted(ids, side="right") - 1).clip(min=0)
-            stop = self._place[run] + (ids - self._first[run]).clip(0, self._count[run])
-            return before[run] - missing[self._place[run] + self._count[run]] + missing[stop]
-
-        first = self._ids_of(runs["row_key"], runs["first"])
-        return pa.array(missing_below(first + runs["count"].to_numpy()) > missing_below(first))
+    def any_missing(self, runs: Iterable[tuple[str, int, int]]) -> bool:
+        """Whether any of some runs of rows (row key, first rollout, how many) holds a row that is still missing."""
+        ids = [(self._codes.get(key, -1) << 32) + np.arange(first, first + count) for key, first, count in runs]
+        places = self._places(np.concatenate(ids))
+        return not self._found[places[places >= 0]].all()
 
     def missing(self) -> pd.DataFrame:
         """The rows of `wanted` that are still missing."""
@@ -315,14 +261,12 @@ class GatheredRows:
 
     def _values(self, field: pa.Field) -> np.ndarray:
         """A column of the rows that were found, in the order of `wanted`: numbers, or objects that equal rows share."""
-        pieces, known = self._taken(field.name), {}
-        objects = pa.types.is_string(field.type) or pa.types.is_list(field.type)
-        dtype = np.dtype(object) if objects else np.dtype(field.type.to_pandas_dtype())
-        if dtype.kind == "i" and any(column.null_count for _, column in pieces):
-            dtype = np.dtype(np.float64)
-        values = np.empty(int(self._found.sum()), dtype=dtype)
-        for rows, column in pieces:
-            values[rows] = shared_objects(column, known) if objects else column.to_numpy(zero_copy_only=False)
+        objects, known = pa.types.is_string(field.type) or pa.types.is_list(field.type), {}
+        ranks, pieces = zip(*self._taken(field.name), strict=True)
+        content = [shared_objects(each, known) if objects else each.to_numpy(zero_copy_only=False) for each in pieces]
+        values = np.empty(int(self._found.sum()), np.result_type(*content))  # Arrow makes floats of integers with nulls
+        for rows, each in zip(ranks, content, strict=True):
+            values[rows] = each
         return values
 
     def _taken(self, name: str) -> list[tuple[np.ndarray, pa.Array]]:
@@ -337,17 +281,16 @@ class GatheredRows:
             for (places, _), column in zip(self._pieces, columns, strict=True)
         ]
 
-    def _places(self, table: pa.Table) -> Int64:
-        """Where each row of a table stands in `wanted`; -1 for those that are not wanted."""
-        ids = self._ids_of(table["row_key"], table["rollout"])
+    def _places(self, ids: Int64) -> Int64:
+        """Where rows stand in `wanted`, by their ids; -1 for those that are not wanted."""
         run = (self._first.searchsorted(ids, side="right") - 1).clip(min=0)
         beyond = ids - self._first[run]
         return np.where((beyond >= 0) & (beyond < self._count[run]), self._place[run] + beyond, -1)
 
-    def _ids_of(self, keys: pa.ChunkedArray, numbers: pa.ChunkedArray) -> Int64:
-        encoded = keys.combine_chunks().dictionary_encode()
+    def _ids_of(self, table: pa.Table) -> Int64:
+        encoded = table["row_key"].combine_chunks().dictionary_encode()
         codes = np.array([self._codes.get(key, -1) for key in encoded.dictionary.to_pylist()], dtype=np.int64)
-        return (codes[encoded.indices.to_numpy()] << 32) + numbers.to_numpy()
+        return (codes[encoded.indices.to_numpy()] << 32) + table["rollout"].to_numpy()
 
 
 # Columns
@@ -360,21 +303,9 @@ def shared_objects(column: pa.Array, known: dict[Any, Any]) -> np.ndarray:
         column: of texts or lists.
         known: the objects so far, also of other columns; more are added.
     """
-    if not pa.types.is_list(column.type):
-        encoded = column.dictionary_encode()
-        texts = [known.setdefault(text, text) for text in encoded.dictionary.to_pylist()]
-        indices = encoded.indices.to_numpy(zero_copy_only=False) if not encoded.null_count else None
-        if indices is None:
-            indices = encoded.indices.fill_null(len(texts)).to_numpy()
-            texts.append(None)
-        return np.array(texts, dtype=object)[indices]
-    values, stops = column.flatten().to_numpy(), column.value_lengths().to_numpy().cumsum()
-    objects, start = np.empty(len(column), dtype=object), 0
-    for row, stop in enumerate(stops.tolist()):
-        content = values[start:stop].tobytes()
-        if content not in known:
-            known[content] = values[start:stop].tolist()
-        objects[row], start = known[content], stop
+    objects = np.empty(len(column), dtype=object)
+    for row, value in enumerate(column.to_pylist()):
+        objects[row] = known.setdefault(tuple(value) if isinstance(value, list) else value, value)
     return objects
 
 

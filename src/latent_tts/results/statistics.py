@@ -7,8 +7,8 @@ C clusters.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
-from itertools import combinations, pairwise
+from functools import lru_cache, partial
+from itertools import combinations
 from math import comb, log2
 
 import numpy as np
@@ -22,7 +22,7 @@ from latent_tts.types import Bools, Floats, Int64, RolloutArrays
 SUBSETS = 256
 TEMPERATURES = tuple(2.0 ** (power / 2) for power in range(-12, 13))  # 1/64 to 64
 TIE = 1e-12  # relative; equal weights summed in another order differ by less
-MAX_CELLS = 2**15  # of one array in a loop, so that it fits the processor's cache and memory stays bounded
+MAX_CELLS = 2**16  # of one array in a loop, so that it fits the processor's cache and memory stays bounded
 MAX_CACHED_DRAWN = 4096
 Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
 NEGLIGIBLE = 1e-3  # share of the range; smaller deviations are hardly evidence of how values differ
@@ -69,21 +69,29 @@ def picked_accuracies(aggregator: Aggregator, rollouts: RolloutArrays, budgets: 
     """
     correct_QD = rollouts.correct_QD
     assert correct_QD is not None, "accuracies need gold answers"
-    for n in budgets:
-        _check_budget(correct_QD.shape[1], n)
-    result_BQ = np.empty((len(budgets), len(correct_QD)))
-    for part in _parts(*correct_QD.shape):
-        result_BQ[:, part] = _accuracies(aggregator, rollouts.questions(part), correct_QD[part], budgets)
-    return result_BQ
+    parts = _parts(*correct_QD.shape)
+    shares = [_accuracies(aggregator, rollouts.questions(part), correct_QD[part], budgets) for part in parts]
+    return np.concatenate(shares, axis=1)
 
 
 def _accuracies(aggregator: Aggregator, rollouts: RolloutArrays, correct_QD: Bools, budgets: Sequence[int]) -> Floats:
-    rule = aggregator.rule(rollouts)
+    rule, (questions, drawn) = aggregator.rule(rollouts), correct_QD.shape
     if isinstance(rule, Ranking):
         return _ranked_accuracies(rule.value_QD, correct_QD, budgets)
     if isinstance(rule, Picks):
-        return np.array([_called_accuracy(aggregator, rollouts, correct_QD, n) for n in budgets])
-    return _voted_accuracies(*_votes(rule, rollouts), correct_QD, budgets)
+        pick, width = rule.pick, 1
+    else:
+        votes = _votes(rule, rollouts)
+        pick, width = partial(_elect, *votes), int(votes[-1].max())
+    right_BQ, count_B1 = np.zeros((len(budgets), questions)), np.zeros((len(budgets), 1))
+    for place, members_SN in _all_subsets(drawn, budgets):
+        count_B1[place] += len(members_SN)
+        step = max(1, MAX_CELLS // (questions * max(members_SN.shape[1], width)))
+        for start in range(0, len(members_SN), step):
+            pick_QS = pick(members_SN[start : start + step])
+            right_QS = np.take_along_axis(correct_QD, np.maximum(pick_QS, 0), axis=1)
+            right_BQ[place] += (right_QS & (pick_QS >= 0)).sum(1)
+    return right_BQ / count_B1
 
 
 def agreement(prediction_QD: NDArray[np.int64], n: int) -> Floats:
@@ -104,27 +112,11 @@ def agreement(prediction_QD: NDArray[np.int64], n: int) -> Floats:
     return shares
 
 
-def picks(aggregator: Aggregator, rollouts: RolloutArrays) -> Int64:
-    """The pick (Q,) of each question among all its rollouts; -1 for none.
+def supported_picks(aggregator: Aggregator, rollouts: RolloutArrays) -> tuple[Int64, Floats]:
+    """The pick of each question among all its rollouts, and its support.
 
     A question may have fewer rollouts than others. Those that it lacks are unreadable and have neither log-probability
     nor score.
-    """
-    rule, drawn = aggregator.rule(rollouts), rollouts.prediction_QD.shape[1]
-    if isinstance(rule, Ranking):
-        value_QD = np.where(np.isnan(rule.value_QD), -np.inf, rule.value_QD)
-        return np.where(value_QD.max(1) > -np.inf, value_QD.argmax(1), -1)
-    if isinstance(rule, Picks):
-        return rule.pick(np.arange(drawn)[None, :])[:, 0].astype(np.int64)
-    classes_QD, log_weight_QD = _votes(rule, rollouts)
-    # the lowest rollout number comes last: see `_vote_counts`
-    all_in_one_step = [np.arange(drawn)[::-1, None]]
-    width = int(classes_QD.max()) + 1
-    return next(_elect(all_in_one_step, np.ascontiguousarray(classes_QD.T), width, log_weight_QD.T.copy()))[0]
-
-
-def supported_picks(aggregator: Aggregator, rollouts: RolloutArrays) -> tuple[Int64, Floats]:
-    """The pick of each question, as in `picks`, and its support.
 
     Returns:
         Numbers (Q,) of the picked rollouts, -1 for none; and the support (Q,) of each: its value in a `Ranking`, its
@@ -136,46 +128,52 @@ def supported_picks(aggregator: Aggregator, rollouts: RolloutArrays) -> tuple[In
 
 
 def _supported_picks(aggregator: Aggregator, rollouts: RolloutArrays) -> tuple[Int64, Floats]:
-    rule, pick_Q = aggregator.rule(rollouts), picks(aggregator, rollouts)
+    rule, everyone_1D = aggregator.rule(rollouts), np.arange(rollouts.prediction_QD.shape[1])[None, :]
     if isinstance(rule, Picks):
+        pick_Q = rule.pick(everyone_1D)[:, 0].astype(np.int64)
         return pick_Q, np.full(len(pick_Q), np.nan)
-    place_Q1 = np.maximum(pick_Q, 0)[:, None]
     if isinstance(rule, Ranking):
-        support_Q = np.take_along_axis(rule.value_QD, place_Q1, axis=1)[:, 0]
+        value_QD = np.where(np.isnan(rule.value_QD), -np.inf, rule.value_QD)
+        pick_Q1 = np.where(value_QD.max(1) > -np.inf, value_QD.argmax(1), -1)[:, None]
+        support_Q = np.take_along_axis(value_QD, pick_Q1, axis=1)[:, 0]
     else:
-        classes_QD, log_weight_QD = _votes(rule, rollouts)
-        most_Q1 = log_weight_QD.max(1, keepdims=True)
-        weight_QD = np.exp(log_weight_QD - np.where(np.isfinite(most_Q1), most_Q1, 0.0))
-        mine_QD = classes_QD == np.take_along_axis(classes_QD, place_Q1, axis=1)
-        support_Q = (weight_QD * mine_QD).sum(1) / np.maximum(weight_QD.sum(1), np.finfo(np.float64).tiny)
-    return pick_Q, np.where(pick_Q >= 0, support_Q, np.nan)
+        column_DQ, log_weight_DQ, width_Q = _votes(rule, rollouts)
+        pick_Q1 = _elect(column_DQ, log_weight_DQ, width_Q, everyone_1D)
+        weight_DQ = _relative_weights(log_weight_DQ)
+        mine_DQ = column_DQ == np.take_along_axis(column_DQ, pick_Q1.T, axis=0)
+        support_Q = (weight_DQ * mine_DQ).sum(0) / np.maximum(weight_DQ.sum(0), np.finfo(np.float64).tiny)
+    return pick_Q1[:, 0], np.where(pick_Q1[:, 0] >= 0, support_Q, np.nan)
 
 
 def _parts(questions: int, drawn: int) -> Iterator[slice]:
     """Slices of the questions whose arrays stay small; all of them where each slice would make permutations anew."""
-    size = max(1, 8 * MAX_CELLS // drawn) if drawn <= MAX_CACHED_DRAWN else questions
+    size = max(1, MAX_CELLS // drawn) if drawn <= MAX_CACHED_DRAWN else questions
     return (slice(start, start + size) for start in range(0, questions, size))
 
 
 def subsets(drawn: int, n: int) -> Iterator[NDArray[np.int64]]:
     """The subsets of size n over which a figure at n is a mean: ascending rollout numbers, in pieces (S, N)."""
-    if _has_few_subsets(drawn, n):
-        yield np.array(list(combinations(range(drawn), n)))
-    elif n == 1:
-        yield np.arange(drawn)[:, None]
-    else:
-        for orders_SD in _permutations(drawn):
-            yield np.sort(orders_SD[:, :n], axis=1)
+    return (members_SN for _, members_SN in _all_subsets(drawn, [n]))
+
+
+def _all_subsets(drawn: int, budgets: Sequence[int]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """The subsets of several sizes: pieces (S, N) with the place of their size among the budgets."""
+    sampled = []
+    for place, n in enumerate(budgets):
+        _check_budget(drawn, n)
+        # for 1 < n < drawn there are at least `drawn` subsets, so that large binomials need not be computed
+        if n in (1, drawn) or (drawn <= SUBSETS and comb(drawn, n) <= SUBSETS):
+            yield place, np.array(list(combinations(range(drawn), n)))
+        else:
+            sampled.append(place)
+    for orders_SD in _permutations(drawn) if sampled else ():
+        for place in sampled:
+            yield place, np.sort(orders_SD[:, : budgets[place]], axis=1)
 
 
 def _check_budget(drawn: int, n: int) -> None:
     if not 1 <= n <= drawn:
         raise ValueError(f"n={n} is not in [1, {drawn}]")
-
-
-def _has_few_subsets(drawn: int, n: int) -> bool:
-    # for n < drawn there are at least `drawn` subsets, so that large binomials need not be computed
-    return n == drawn or (drawn <= SUBSETS and comb(drawn, n) <= SUBSETS)
 
 
 def _none_of(drawn: int, n: int) -> Floats:
@@ -190,7 +188,7 @@ def _permutations(drawn: int) -> Iterator[NDArray[np.int64]]:
     if drawn <= MAX_CACHED_DRAWN:
         yield _permutations_of(drawn, 0, SUBSETS)
     else:
-        size = max(1, 4 * MAX_CELLS // drawn)
+        size = max(1, MAX_CELLS // (2 * drawn))
         for start in range(0, SUBSETS, size):
             yield _permutations_of.__wrapped__(drawn, start, min(size, SUBSETS - start))
 
@@ -215,121 +213,49 @@ def _ranked_accuracies(value_QD: Floats, correct_QD: Bools, budgets: Sequence[in
     return np.array([(right_QD * -np.diff(_none_of(value_QD.shape[1], n))).sum(1) for n in budgets])
 
 
-def _called_accuracy(aggregator: Aggregator, rollouts: RolloutArrays, correct_QD: Bools, n: int) -> Floats:
-    questions, drawn = correct_QD.shape
-    right_Q, count = np.zeros(questions), 0
-    for members_SN in subsets(drawn, n):
-        count += len(members_SN)
-        for part_SN in np.array_split(members_SN, -(-members_SN.size // MAX_CELLS)):
-            size = max(1, MAX_CELLS // part_SN.size)
-            for start in range(0, questions, size):
-                part = slice(start, start + size)
-                chunk = rollouts.questions(part)
-                rule = aggregator.rule(chunk)
-                assert isinstance(rule, Picks)
-                right_Q[part] += _right(rule.pick(part_SN), correct_QD[part]).sum(1)
-    return right_Q / count
+def _votes(rule: Vote, rollouts: RolloutArrays) -> tuple[Int64, Floats, Int64]:
+    """What is voted for, as columns of one table for all questions, the first column of each for who does not vote.
 
-
-def _right(pick_QS: NDArray[np.integer], correct_QD: Bools) -> Bools:
-    return (pick_QS >= 0) & np.take_along_axis(correct_QD, np.maximum(pick_QS, 0), axis=1)
-
-
-def _votes(rule: Vote, rollouts: RolloutArrays) -> tuple[NDArray[np.int64], Floats]:
-    """For each rollout the class of its prediction (0 where it does not vote) and its log-weight (-inf there)."""
+    Returns:
+        The column and the log-weight (-inf for who does not vote) of each rollout (D, Q); the number of columns (Q,).
+    """
     votes_QD = (rollouts.prediction_QD >= 0) & np.isfinite(rule.log_weight_QD)
-    return _classes(rollouts.prediction_QD, votes_QD), np.where(votes_QD, rule.log_weight_QD, -np.inf)
-
-
-def _voted_accuracies(
-    classes_QD: NDArray[np.int64], log_weight_QD: Floats, correct_QD: Bools, budgets: Sequence[int]
-) -> Floats:
-    drawn = correct_QD.shape[1]
-
-    def count(orders_SN: NDArray[np.int64], sizes: Sequence[int]) -> Floats:
-        return _vote_counts(orders_SN, sizes, classes_QD, log_weight_QD, correct_QD)
-
-    result_BQ = np.empty((len(budgets), len(correct_QD)))
-    walked = sorted({n for n in budgets if n > 1 and not _has_few_subsets(drawn, n)})
-    walked_BQ = np.zeros((len(walked), len(correct_QD)))
-    for orders_SD in _permutations(drawn) if walked else ():
-        walked_BQ += count(orders_SD, walked)
-    for place, n in enumerate(budgets):
-        if n == 1:
-            result_BQ[place] = ((classes_QD > 0) & correct_QD).mean(1)
-        elif n in walked:
-            result_BQ[place] = walked_BQ[walked.index(n)] / SUBSETS
-        else:
-            members_SN = next(subsets(drawn, n))
-            result_BQ[place] = count(members_SN, [n])[0] / len(members_SN)
-    return result_BQ
-
-
-def _classes(prediction_QD: NDArray[np.int64], votes_QD: Bools) -> NDArray[np.int64]:
-    """Predictions numbered from 1 within each question; 0 for a rollout that does not vote."""
-    prediction_QD = np.where(votes_QD, prediction_QD, -1)
+    prediction_QD = np.where(votes_QD, rollouts.prediction_QD, -1)
     order_QD = np.argsort(prediction_QD, axis=1)
     sorted_QD = np.take_along_axis(prediction_QD, order_QD, axis=1)
-    new_QD = np.diff(sorted_QD, axis=1, prepend=-1) > 0
-    classes_QD = np.empty_like(order_QD)
-    np.put_along_axis(classes_QD, order_QD, np.cumsum(new_QD, axis=1), axis=1)
-    return classes_QD
+    column_QD = np.empty_like(order_QD)
+    np.put_along_axis(column_QD, order_QD, np.cumsum(np.diff(sorted_QD, axis=1, prepend=-1) > 0, axis=1), axis=1)
+    width_Q = column_QD.max(1) + 1
+    column_QD += (width_Q.cumsum() - width_Q)[:, None]
+    log_weight_QD = np.where(votes_QD, rule.log_weight_QD, -np.inf)
+    return np.ascontiguousarray(column_QD.T), np.ascontiguousarray(log_weight_QD.T), width_Q
 
 
-def _vote_counts(
-    orders_SN: NDArray[np.int64],
-    sizes: Sequence[int],
-    classes_QD: NDArray[np.int64],
-    log_weight_QD: Floats,
-    correct_QD: Bools,
-) -> Floats:
-    """For how many orders the first n rollouts elect a right pick, for each n of the ascending sizes (B, Q)."""
-    # within a step the lowest rollout number comes last, since the last of several writes to a cell stays
-    steps = [-np.sort(-orders_SN[:, low:high].T, axis=0) for low, high in pairwise([0, *sizes])]
-    longest = max(map(len, steps))
-    result_BQ = np.empty((len(sizes), len(correct_QD)))
-    width_Q = classes_QD.max(1) + 1
-    by_width = np.argsort(-width_Q, kind="stable")  # questions of about as many answers share a table
-    start = 0
-    while start < len(by_width):
-        width = int(width_Q[by_width[start]])
-        chunk = by_width[start : start + max(1, MAX_CELLS // (len(orders_SN) * max(width, longest)))]
-        start += len(chunk)
-        picks = _elect(steps, np.ascontiguousarray(classes_QD[chunk].T), width, log_weight_QD[chunk].T.copy())
-        for place, pick_SQ in enumerate(picks):
-            result_BQ[place, chunk] = _right(pick_SQ.T, correct_QD[chunk]).sum(1)
-    return result_BQ
+def _elect(column_DQ: Int64, log_weight_DQ: Floats, width_Q: Int64, members_SN: Int64) -> Int64:
+    """The picks (Q, S) of votes among the members of each subset, -1 for none; see `_votes`."""
+    drawn, start_Q = len(column_DQ), width_Q.cumsum() - width_Q
+    # the lowest rollout number comes last, since the last of several writes to a cell stays
+    members_NS = members_SN.T[::-1]
+    shape = len(members_SN), int(width_Q.sum())
+    cell_NSQ = column_DQ[members_NS]
+    cell_NSQ += np.arange(shape[0])[:, None] * shape[1]
+    weight_NSQ = _relative_weights(log_weight_DQ[members_NS])
+    weight_SK = np.bincount(cell_NSQ.ravel(), weight_NSQ.ravel(), shape[0] * shape[1]).reshape(shape)
+    first_SK = np.full(shape, drawn)
+    first_SK.reshape(-1)[cell_NSQ] = members_NS[..., None]
+    weight_SK[:, start_Q] = 0.0  # those who do not vote
+    most_SQ = np.maximum.reduceat(weight_SK, start_Q, axis=1)
+    least_SQ = np.where(most_SQ > 0, most_SQ * (1 - TIE), np.inf)
+    first_SK[weight_SK < np.repeat(least_SQ, width_Q, axis=1)] = drawn
+    pick_SQ = np.minimum.reduceat(first_SK, start_Q, axis=1)
+    return np.where(pick_SQ < drawn, pick_SQ, -1).T
 
 
-def _elect(
-    steps: Sequence[NDArray[np.int64]], classes_DQ: NDArray[np.int64], width: int, log_weight_DQ: Floats
-) -> Iterator[NDArray[np.int64]]:
-    """After each step, which adds rollouts (N, S) to every subset, the picks (S, Q) of a vote; -1 for none."""
-    drawn, questions = classes_DQ.shape
-    shape = (width, steps[0].shape[1], questions)
-    row_DQ = classes_DQ * (shape[1] * questions)
-    column_SQ = np.arange(shape[1] * questions).reshape(shape[1:])
-    weight_KSQ, first_KSQ = np.zeros(shape), np.full(shape, drawn)
-    scale_SQ = np.full(shape[1:], -np.inf)
-    for numbers_NS in steps:
-        cell_NSQ = row_DQ[numbers_NS]
-        cell_NSQ += column_SQ
-        added_NSQ = log_weight_DQ[numbers_NS]
-        # weights are relative to the largest of the subset so far, so that they neither overflow nor all underflow
-        higher_SQ = np.maximum(scale_SQ, added_NSQ.max(0))
-        safe_SQ = np.where(higher_SQ > -np.inf, higher_SQ, 0.0)
-        added_NSQ -= safe_SQ
-        np.exp(added_NSQ, out=added_NSQ)
-        weight_KSQ *= np.exp(scale_SQ - safe_SQ)
-        weight_KSQ += np.bincount(cell_NSQ.ravel(), added_NSQ.ravel(), weight_KSQ.size).reshape(shape)
-        scale_SQ = higher_SQ
-        lowest_KSQ = np.full(shape, drawn)
-        lowest_KSQ.reshape(-1)[cell_NSQ] = numbers_NS[..., None]
-        np.minimum(first_KSQ, lowest_KSQ, out=first_KSQ)
-        most_SQ = weight_KSQ[1:].max(0, initial=0.0)
-        best_KSQ = weight_KSQ[1:] >= np.where(most_SQ > 0, most_SQ * (1 - TIE), np.inf)
-        pick_SQ = np.where(best_KSQ, first_KSQ[1:], drawn).min(0, initial=drawn)
-        yield np.where(pick_SQ < drawn, pick_SQ, -1)
+def _relative_weights(log_weight: Floats) -> Floats:
+    """Weights relative to the largest along the first axis, so that they neither overflow nor all underflow."""
+    most = log_weight.max(0)
+    relative = log_weight - np.where(most > -np.inf, most, 0.0)
+    return np.exp(relative, out=relative)
 
 
 def best_temperature(rollouts: RolloutArrays, grid: Sequence[float] = TEMPERATURES) -> float:

@@ -6,16 +6,16 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from latent_tts.errors import bad_value, is_whole, require
+from latent_tts.errors import is_whole, require
 from latent_tts.results.files import launch_rank, write_text
 from latent_tts.types import file_digest, read_object
 
 SETTINGS, STATES, FINISHED = "settings.json", "states", "checkpoint"
 DIGESTS = "digests.json"  # of a state's files
+FORMAT = 2  # of the folder
 PACKAGE = __name__.partition(".")[0]
 log = logging.getLogger(__name__)
 
@@ -34,15 +34,11 @@ def claim(output: Path, settings: Mapping[str, Any]) -> None:
         settings: the JSON-able settings that a resumed run must share with the stopped one.
 
     Raises:
-        UsageError: the folder contains a run with other settings, or settings that cannot be read.
+        UsageError: the folder contains a run with other settings.
     """
-    path, wanted = output / SETTINGS, json.loads(json.dumps(settings))
+    path, wanted = output / SETTINGS, json.loads(json.dumps({"format": FORMAT, **settings}))
     if path.is_file():
-        try:
-            found = json.loads(path.read_text())
-        except (OSError, ValueError, RecursionError) as error:
-            raise bad_value("output", output, f"{SETTINGS} cannot be read ({error})") from error
-        require("output", output, isinstance(found, dict), f"{SETTINGS} holds no settings")
+        found = read_object(path)
         for key in [*wanted, *found]:
             require(
                 "output",
@@ -73,23 +69,34 @@ def write_digests(state: Path) -> None:
     write_text(state / DIGESTS, json.dumps({name: file_digest(state / name) for name in names}, indent=1) + "\n")
 
 
-def clean_states(states: Path) -> None:
-    """Remove states that were not written completely, which the Trainer would count, and set damaged ones aside."""
-    for path in _saved(states):  # every process of a launch does this at the same time
+def best_state(state: Path) -> Path:
+    """The best state so far when a state was saved; that state itself if none was chosen."""
+    best = read_state(state).get("best_global_step")
+    return state if best is None else state.with_name(f"checkpoint-{best}")
+
+
+def resumable_state(states: Path) -> Path | None:
+    """The latest complete state; None if there is none.
+
+    States that were not written completely are removed, since the Trainer would count them. Damaged ones, and those
+    whose best state is missing, are set aside. Processes of a launch call it in turn.
+    """
+    for path in _saved(states):
         if not read_state(path):
             shutil.rmtree(path, ignore_errors=True)
         elif _is_damaged(path):
-            set_state_aside(path, "is damaged")
+            _set_aside(path, "is damaged")
+    while (last := last_state(states)) is not None and not best_state(last).is_dir():
+        _set_aside(last, f"needs {best_state(last).name}, the best state so far, which is missing")
+    return last
 
 
-def set_state_aside(state: Path, why: str) -> None:
+def _set_aside(state: Path, why: str) -> None:
     """Rename a state, so that training does not resume from it."""
     aside = state.with_name(f"damaged-{state.name}")
-    if launch_rank() == 0:
-        log.warning("%s %s: it is now %s, and training resumes from an earlier state or anew", state, why, aside.name)
+    log.warning("%s %s: it is now %s, and training resumes from an earlier state or anew", state, why, aside.name)
     shutil.rmtree(aside, ignore_errors=True)
-    with suppress(OSError):  # another process was first
-        state.rename(aside)
+    state.rename(aside)
 
 
 def _saved(states: Path) -> list[Path]:
@@ -97,11 +104,9 @@ def _saved(states: Path) -> list[Path]:
 
 
 def _is_damaged(state: Path) -> bool:
-    """Whether a file of a state is not as it was written; those of earlier versions have no digests."""
-    path = state / DIGESTS
-    if not path.is_file():
+    """Whether a file of a state is not as it was written; digests are missing if the process was killed before."""
+    if not (state / DIGESTS).is_file():
         return False
-    try:
-        return any(file_digest(state / name) != digest for name, digest in json.loads(path.read_text()).items())
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return True
+    digests = read_object(state / DIGESTS)
+    present = all((state / name).is_file() for name in digests)
+    return not (digests and present) or any(file_digest(state / name) != digests[name] for name in digests)

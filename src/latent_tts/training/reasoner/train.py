@@ -6,31 +6,26 @@ for each update.
 
 from __future__ import annotations
 
-import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 
 from latent_tts.checkpoint import files
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.checkpoint.joining import probe, write_adapter
-from latent_tts.engine.proof import prove_reasoner
-from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.random.philox import Stream, key_of, philox
 from latent_tts.task.arith import words
-from latent_tts.text.answer import AnswerRule
+from latent_tts.training.optimization import NO_LIMIT
 from latent_tts.training.reasoner.backbone import BackboneConfig
-from latent_tts.training.reasoner.batch import TokenBudget, micro_batch, question_batches
+from latent_tts.training.reasoner.batch import question_batches, token_batches
 from latent_tts.training.reasoner.curriculum import Objective, Recipe, Stage
 from latent_tts.training.reasoner.initial import (
     add_tensors,
@@ -40,19 +35,12 @@ from latent_tts.training.reasoner.initial import (
 )
 from latent_tts.training.reasoner.lora import FULL, Lora, plain_settings
 from latent_tts.training.reasoner.optimization import ReasonerOptimization
-from latent_tts.training.reasoner.pace import LOG, Pace, Timed, pace_of
+from latent_tts.training.reasoner.pace import LOG, Pace, Timed, of_first_process, read_log
 from latent_tts.training.reasoner.questions import TrainingQuestions, check_lengths, token_lengths
-from latent_tts.training.reasoner.validation import (
-    Validation,
-    best_weights,
-    forget_best_after,
-    joined_copy,
-    keep_if_best,
-    read_best,
-)
+from latent_tts.training.reasoner.validation import COVERAGE, GREEDY, Validation, joined_copy
 from latent_tts.training.reasoner.vocabulary import word_level_tokenizer
-from latent_tts.training.recompute import blocks_of, recomputing_blocks
-from latent_tts.training.states import FINISHED, STATES, claim, clean_states, last_state, read_state, set_state_aside
+from latent_tts.training.recompute import recomputing_blocks
+from latent_tts.training.states import FINISHED, STATES, best_state, claim, last_state, read_state, resumable_state
 from latent_tts.training.trainer import (
     Report,
     ResumableTrainer,
@@ -65,10 +53,7 @@ from latent_tts.types import Computation, Question
 MAX_VALID_BATCH, VALID_MICRO_BATCHES = 250, 4  # questions; so many micro-batches need less memory without gradients
 METRIC = "eval_exact_match"
 INITIAL = "initial"
-OLD_STATE = "state.safetensors"
 PROBES, PROBE_TOKENS = 4, 12
-LENGTHS_KEPT = 100_000  # of questions; sorting asks for each several times
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,14 +62,12 @@ class TrainedReasoner:
 
     Attributes:
         checkpoint: the checkpoint folder.
-        weights: the folder of the weights that were chosen for it.
         updates: number of updates.
         chosen: the update that the weights in the checkpoint are of.
         figures: what they reached on the validation questions.
     """
 
     checkpoint: Path
-    weights: Path
     updates: int
     chosen: int
     figures: Mapping[str, float]
@@ -105,38 +88,6 @@ class Start:
     only_used: bool = False
 
 
-@dataclass(frozen=True)
-class DrawnValidation:
-    """Validation by the engine.
-
-    Attributes:
-        settings: when and how.
-        adapter: how prompts are written and answers read.
-        rule: of the task.
-    """
-
-    settings: Validation
-    adapter: CheckpointAdapter
-    rule: AnswerRule
-
-    def prove(self, module: ReasonerModule, questions: Sequence[Question]) -> Computation:
-        """How the engine has to compute the model, which depends on its architecture and on the longest sequence.
-
-        Raises:
-            UsageError: the engine computes it in no way as it computes itself.
-        """
-        adapter = self.adapter
-        after = adapter.latents + len(adapter.thinking_end_ids) + self.settings.max_answer_tokens
-        longest = max(len(adapter.encode(question)) for question in questions) + after
-        try:
-            found = prove_reasoner(joined_copy(module, "float32"), longest)
-        except UsageError as error:
-            raise bad_value("validation.every", self.settings.every, f"must be null: {error}") from error
-        if found.reason:
-            log.warning("validation takes longer: %s", found.reason)
-        return found
-
-
 class MicroBatches(Dataset):
     """The micro-batches of all updates in order, those of one update after one another; they are only read forwards."""
 
@@ -154,8 +105,9 @@ class MicroBatches(Dataset):
         while self.number < number:
             self.number, self.current = self.number + 1, next(self.batches)
         assert self.number == number
-        questions = micro_batch(self.current, part, self.parts)
-        return {"questions": questions, "weight": len(questions) * self.parts / len(self.current)}
+        size, parts = len(self.current), self.parts
+        questions = self.current[part * size // parts : (part + 1) * size // parts]
+        return {"questions": questions, "weight": len(questions) * parts / size}
 
 
 class ReasonerModule(nn.Module):
@@ -189,118 +141,68 @@ class ReasonerModule(nn.Module):
         with recomputing_blocks(self.lm, self.recompute):
             return self.objective.loss(questions, stage)
 
-    def set_dropout(self, rate: float) -> None:
-        """Set the rate of every active dropout module."""
-        for module in self.modules():
-            if isinstance(module, nn.Dropout) and module.p > 0:
-                module.p = rate
-
-    @torch.no_grad()
-    def exact_match(self, questions: list[Question], stage: Stage, batch: int) -> float:
-        """Share of questions answered exactly, without dropout, so many at once."""
-        self.eval()
-        starts = range(0, len(questions), batch)
-        hits = sum(self.objective.exact_matches(questions[start : start + batch], stage) for start in starts)
-        self.train()
-        return hits / len(questions)
-
 
 class ReasonerTrainer(ResumableTrainer):
-    """The Trainer for a recipe: its stages, dropout keyed by the update, evaluation by exact match."""
+    """The Trainer for a recipe: its stages, dropout keyed by the update, validation."""
 
     def __init__(
         self,
-        recipe: Recipe,
         module: ReasonerModule,
-        valid: list[Question],
-        *,
+        adapter: CheckpointAdapter,
+        questions: TrainingQuestions,
         pace: Pace,
-        drawn: DrawnValidation | None,
+        validation: Validation | None,
+        *,
         seed: int,
-        save_every: int,
         valid_batch: int,
         **more: Any,
     ) -> None:
-        """Create a trainer from recipe, module, validation, pace, seed of dropout, and updates between states.
+        """Create a trainer from what is trained on what, pace, validation by the engine, and seed of dropout.
 
         `valid_batch` questions are compared with their exact answers at once.
         """
-        every = None if drawn is None else drawn.settings.every
-        super().__init__(model=module, callbacks=[_SaveCallback(recipe, pace, save_every, every)], **more)
-        self.recipe, self.module, self.valid, self.key = recipe, module, valid, key_of(seed, "training")
-        self.pace, self.drawn, self.computation = pace, drawn, Computation()
-        self.valid_batch = valid_batch
-        if drawn is not None:
-            self.computation = drawn.prove(module, valid)
+        super().__init__(model=module, callbacks=[pace], **more)
+        self.module, self.adapter, self.questions, self.pace = module, adapter, questions, pace
+        self.validation, self.valid_batch, self.key = validation, valid_batch, key_of(seed, "training")
+        self.computation = Computation()
+        if validation is not None:
+            self.computation = validation.prove(module, adapter, questions.valid)
 
     def loss_of(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, None]:
         """The loss in the stage of the current update."""
         update = self.state.global_step
-        stage = self.recipe.stage_at(self.pace.planned(update))
-        if stage.dropout is not None:
-            self.module.set_dropout(stage.dropout)
+        stage = self.pace.stage(update)
+        for each in self.module.modules():
+            if stage.dropout is not None and isinstance(each, nn.Dropout) and each.p > 0:
+                each.p = stage.dropout
         part = len(self.micro_losses) * self.args.world_size + self.args.process_index
         torch.manual_seed(philox((update, part, 0, int(Stream.TRAINING)), self.key)[0])
         return inputs["weight"] * model(inputs["questions"], stage), None
 
+    @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Exact match on the validation questions, in the stage of the last update."""
-        stage = self.recipe.stage_at(self.pace.planned(self.state.global_step - 1))
-        with self.pace.validating(of_first_process):
-            figures = {METRIC: self.module.exact_match(self.valid, stage, self.valid_batch)}
-            if self.drawn is not None:
-                figures |= self._draw(self.drawn, stage)
-        self.log(figures)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
-        return figures
+        """Share of validation questions answered exactly, in the stage of the last update, without dropout.
 
-    def _draw(self, drawn: DrawnValidation, stage: Stage) -> dict[str, float]:
-        """Accuracy and coverage of the weights so far, by the engine; keeps the best of the last stage with updates."""
+        With validation by the engine also its figures; the best weights of the last stage are kept as a state.
+        """
+        state: Any = self.state
+        stage, valid = self.pace.stage(state.global_step - 1), self.questions.valid
         self.module.eval()
-        reasoner = replace(joined_copy(self.module, drawn.settings.dtype), computation=self.computation)
-        figures = drawn.settings.measure(reasoner, drawn.adapter, stage, self.valid, drawn.rule)
+        parts = [valid[start : start + self.valid_batch] for start in range(0, len(valid), self.valid_batch)]
+        figures = {METRIC: sum(self.module.objective.exact_matches(part, stage) for part in parts) / len(valid)}
+        if self.validation is not None:
+            reasoner = replace(joined_copy(self.module, self.validation.dtype), computation=self.computation)
+            drawn = self.validation.measure(reasoner, self.adapter, stage, valid, self.questions.rule)
+            figures |= drawn
+            score, recipe = of_first_process(list(drawn.values())), self.pace.recipe
+            in_last_stage = stage == recipe.stage_at(recipe.updates - 1)
+            if in_last_stage and (state.best_metric is None or score > state.best_metric):
+                state.best_metric, state.best_global_step = score, state.global_step
+                self.control.should_save = True
         self.module.train()
-        if stage == self.recipe.stage_at(self.recipe.updates - 1) and self.is_world_process_zero():
-            weights = {name: value.detach().cpu() for name, value in trained_parameters(self.module)}
-            keep_if_best(Path(str(self.args.output_dir)), weights, self.state.global_step, figures)
+        self.log(figures)
+        self.control = self.callback_handler.on_evaluate(self.args, state, self.control, figures)
         return figures
-
-
-class _SaveCallback(TrainerCallback):
-    """Evaluates and saves every few updates, at the end of each stage and of the run; keeps the pace."""
-
-    def __init__(self, recipe: Recipe, pace: Pace, save_every: int, validate_every: int | None) -> None:
-        self.recipe, self.pace, self.save_every = recipe, pace, save_every
-        self.validate_every = validate_every
-        self.lr = 0.0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.pace.start()
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.lr = kwargs["optimizer"].param_groups[0]["lr"]
-        self.pace.stop(state.global_step, of_first_process)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        done, pace, recipe = state.global_step, self.pace, self.recipe
-        over = pace.finished(done)
-        control.should_training_stop = control.should_training_stop or over
-        ends = over or recipe.stage_at(pace.planned(done)) != recipe.stage_at(pace.planned(done - 1))
-        saves = ends or done % self.save_every == 0
-        validates = saves or (self.validate_every is not None and done % self.validate_every == 0)
-        if validates and not over:
-            validates = pace.may_validate(done - 1)
-        if args.process_index == 0:
-            stage = recipe.stage_at(pace.planned(done - 1))
-            figures = {"latents": stage.latents, "hidden_steps": stage.hidden_steps, "lr": self.lr}
-            pace.log(done - 1, figures | {"validated": validates})
-        control.should_evaluate = control.should_evaluate or validates
-        control.should_save = control.should_save or saves or bool(of_first_process(pace.wants_saving()))
-
-
-def of_first_process(number: float) -> float:
-    """A number of the first process of a launch, in all processes."""
-    return broadcast_object_list([number])[0]
 
 
 def train_reasoner(
@@ -344,11 +246,13 @@ def train_reasoner(
         RunError: a loss or gradient is not finite; the last state is kept.
         KeyboardInterrupt: Ctrl-C was pressed; the state is saved.
     """
-    pace = pace_of(recipe.updates, optimization.minutes, optimization.follow, output / STATES, validation.share)
-    arguments = trainer_arguments(recipe, optimization, output / STATES, seed=seed, device=device, max_steps=pace.limit)
+    states, follow = output / STATES, optimization.follow
+    followed = [] if follow is None else read_log(follow, recipe.updates)
+    arguments = trainer_arguments(optimization, states, seed=seed, device=device)
     with arguments.main_process_first():
-        claim_folder(output, settings, pace)
-        if arguments.process_index == 0 and last_state(output / STATES) is None:
+        claim(output, settings)
+        last = resumable_state(states)
+        if arguments.process_index == 0 and last is None:
 
             def make(folder: Path) -> None:
                 if isinstance(start, Start):
@@ -360,75 +264,48 @@ def train_reasoner(
             write_initial_checkpoint(make, output / INITIAL, recipe, seed)
     adapter.check()
     check_lengths([*questions.finite, *questions.valid], adapter, adapter.latents)
+    pace = Pace(recipe, save_every, validation.every, followed)
+    if optimization.minutes is not None:
+        rows = [] if last is None else read_state(last)["stateful_callbacks"][Timed.__name__]["attributes"]["rows"]
+        plan = recipe, save_every, validation.every, rows
+        pace = Timed(*plan, minutes=optimization.minutes, share=validation.share, path=states / LOG)
+    drawn = None if validation.every is None else validation
     new_tokens = lacking_tokens(start, recipe, adapter)
     trainer = train(
-        recipe, adapter, questions.stream(), questions.valid, optimization, arguments,
-        lora=lora, new_tokens=new_tokens, seed=seed, save_every=save_every, report=report, pace=pace,
-        drawn=None if validation.every is None else DrawnValidation(validation, adapter, questions.rule),
+        adapter, questions, optimization, arguments, pace, last,
+        seed=seed, report=report, lora=lora, new_tokens=new_tokens, validation=drawn,
     )  # fmt: skip
     if not trainer.is_world_process_zero():
         return None
-    trained = chosen_state(output, drawn=validation.every is not None)
+    last = last_state(states)
+    assert last is not None
+    weights, folder = best_state(last), output / FINISHED
     if lora.rank is None:
-        export(recipe, trained.weights, adapter, trained.checkpoint)
+        export(recipe, weights, adapter, folder)
     else:
         assert isinstance(start, Start)
         module = ReasonerModule(recipe.objective(adapter), lora, new_tokens, seed)
-        load_parameters(module, trained.weights)
-        trained_with = recipe.trained_with(adapter)
-        export_adapter(module, trained_with, adapter, new_tokens, start.checkpoint, trained.checkpoint)
-    return trained
+        load_parameters(module, weights)
+        export_adapter(module, recipe.trained_with(adapter), adapter, new_tokens, start.checkpoint, folder)
+    chosen = read_state(weights)
+    found = [entry for entry in chosen["log_history"] if METRIC in entry][-1]
+    names = [METRIC] if drawn is None else [GREEDY, COVERAGE.format(validation.rollouts)]
+    figures = {name: found[name] for name in names}
+    return TrainedReasoner(folder, read_state(last)["global_step"], chosen["global_step"], figures)
 
 
-def claim_folder(output: Path, settings: dict, pace: Pace) -> None:
-    """Claim a folder, and set aside the states in it that no training can resume from; processes do so in turn.
-
-    Raises:
-        UsageError: it contains another run.
-    """
-    allowed = f"contains a {OLD_STATE} of an earlier version; choose another folder"
-    require("output", output, not (output / OLD_STATE).is_file(), allowed)
-    claim(output, settings)
-    clean_states(output / STATES)
-    while (last := last_state(output / STATES)) is not None and read_state(last)["global_step"] > pace.known():
-        why = f"is of update {read_state(last)['global_step']}, but {LOG} is whole to {pace.known()}"
-        set_state_aside(last, why)
-    if isinstance(pace, Timed):
-        forget_best_after(output / STATES, 0 if last is None else read_state(last)["global_step"])
-
-
-def chosen_state(output: Path, *, drawn: bool) -> TrainedReasoner:
-    """The weights that become the checkpoint: of the last state, or the best that a drawn validation found."""
-    last = last_state(output / STATES)
-    assert last is not None
-    updates, best = read_state(last)["global_step"], read_best(output / STATES) if drawn else None
-    weights = best_weights(output / STATES) if drawn else last
-    if best is not None:
-        return TrainedReasoner(output / FINISHED, weights, updates, best["update"], best["figures"])
-    figures = [entry[METRIC] for entry in read_state(last)["log_history"] if METRIC in entry]
-    return TrainedReasoner(output / FINISHED, weights, updates, updates, {METRIC: figures[-1]})
-
-
-def trainer_arguments(
-    recipe: Recipe,
-    optimization: ReasonerOptimization,
-    states: Path,
-    *,
-    seed: int,
-    device: str,
-    max_steps: int | None = None,
-) -> TrainingArguments:
-    """The settings of the Trainer; callbacks decide when it evaluates and saves. By default it does all updates."""
+def trainer_arguments(optimization: ReasonerOptimization, states: Path, *, seed: int, device: str) -> TrainingArguments:
+    """The settings of the Trainer but for the number of updates; `Pace` decides when it evaluates and saves."""
     arguments = training_arguments(
         optimization,
         states,
         seed=seed,
         bf16=optimization.bf16,
         device=device,
-        max_steps=recipe.updates if max_steps is None else max_steps,
         train_sampling_strategy="sequential",
         eval_strategy="no",
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=NO_LIMIT,
         save_total_limit=1,
         logging_steps=25,
     )
@@ -437,68 +314,64 @@ def trainer_arguments(
 
 
 def train(
-    recipe: Recipe,
     adapter: CheckpointAdapter,
-    stream: Iterator[Question],
-    valid: list[Question],
+    questions: TrainingQuestions,
     optimization: ReasonerOptimization,
     arguments: TrainingArguments,
+    pace: Pace,
+    last: Path | None,
     *,
     seed: int,
-    save_every: int,
     report: Report,
     lora: Lora = FULL,
     new_tokens: Sequence[int] = (),
-    pace: Pace | None = None,
-    drawn: DrawnValidation | None = None,
+    validation: Validation | None = None,
 ) -> ReasonerTrainer:
     """Train to the end of the recipe's stages, from the last state if there is one.
 
     Args:
-        recipe: the stages and the objective.
         adapter: that of the initial checkpoint (the dropout in its config is active).
-        stream: endless training questions, always the same in the same order.
-        valid: validation questions for exact match.
+        questions: to train and validate on.
         optimization: batch, learning rate and so on.
         arguments: result of `trainer_arguments`.
+        pace: the recipe, and the place of each update in it.
+        last: the state to resume from.
         seed: seed of dropout.
-        save_every: number of updates between saved states.
         report: called as `report(updates_done, figures)` after every update.
         lora: the low-rank adapter, if it has a rank.
         new_tokens: ids whose rows are trained beside a low-rank adapter.
-        pace: the place of each update in the recipe; None counts updates.
-        drawn: validation by the engine; None for exact match alone.
+        validation: by the engine; None for exact match alone.
 
     Raises:
         RunError: a loss or gradient is not finite; the last state is kept.
         KeyboardInterrupt: Ctrl-C was pressed; the state is saved.
     """
-    pace = pace or Pace(recipe.updates)
-    last = last_state(Path(str(arguments.output_dir)))
-    done = 0 if last is None else read_state(last)["global_step"]
-    pace.resume(done)
-    recompute = optimization.gradient_checkpointing
-    module = ReasonerModule(recipe.objective(adapter), lora, new_tokens, seed, recompute=recompute)
-    if recompute:
-        blocks_of(module.lm)
+    module = ReasonerModule(
+        pace.recipe.objective(adapter), lora, new_tokens, seed, recompute=optimization.gradient_checkpointing
+    )
     parts = arguments.world_size * optimization.accumulation
-    batches = question_batches(stream, optimization.batch)
+    batches = question_batches(questions.stream(), optimization.batch)
     if optimization.batch_tokens is not None:
-        lengths = lru_cache(LENGTHS_KEPT)(lambda question: token_lengths(question, adapter, adapter.latents))
-        batches = TokenBudget(optimization.batch, optimization.batch_tokens, parts, lengths, seed).batches(stream)
+        batches = token_batches(
+            questions.stream(), questions=optimization.batch, tokens=optimization.batch_tokens, parts=parts, seed=seed,
+            lengths=lambda question: token_lengths(question, adapter, adapter.latents),
+        )  # fmt: skip
     trained = [parameter for _, parameter in trained_parameters(module)]
-    decayed = [p for p in trained if p.dim() >= 2]
-    others = [p for p in trained if p.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": optimization.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": optimization.weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.98))  # `lr_at` returns the rate itself, not a factor
+    arguments.max_steps = pace.limit
+    if validation is not None:
+        arguments.save_total_limit = 2  # the best state and the last one
     trainer = ReasonerTrainer(
-        recipe,
         module,
-        valid,
-        pace=pace,
-        drawn=drawn,
+        adapter,
+        questions,
+        pace,
+        validation,
         seed=seed,
-        save_every=save_every,
         valid_batch=min(MAX_VALID_BATCH, VALID_MICRO_BATCHES * max(1, optimization.batch // parts)),
         report=lambda done, figures: report(pace.planned(done - 1) + 1, figures),
         args=arguments,
@@ -506,8 +379,8 @@ def train(
         data_collator=lambda items: items[0],
         optimizers=(optimizer, LambdaLR(optimizer, lambda update: optimization.lr_at(pace.place(update)))),
     )
-    if not pace.finished(done):
-        trainer.fit()
+    if last is None or not pace.finished(read_state(last)["global_step"]):
+        trainer.fit(last)
     return trainer
 
 
@@ -518,8 +391,8 @@ def export(recipe: Recipe, state: Path, adapter: CheckpointAdapter, folder: Path
     objective = module.objective
     objective.lm.config.latent_tts = recipe.trained_with(adapter)
     objective.lm.bfloat16().save_pretrained(folder)
-    for prefix, own in objective.own.items():
-        add_tensors(folder, f"{prefix}.", own.bfloat16())
+    if objective.own:
+        add_tensors(folder, "", objective.own.bfloat16())
     shutil.copyfile(adapter.folder / "tokenizer.json", folder / "tokenizer.json")
     files.copy_beside_tokenizer(adapter.folder, folder)
 
@@ -552,9 +425,7 @@ def export_adapter(
         parameter.copy_(parameter.bfloat16())
     module.eval()
     state = get_peft_model_state_dict(module.adapted, save_embedding_layers=False)
-    own = {}
-    for prefix, part in module.objective.own.items():
-        own |= checkpoint_tensors(f"{prefix}.", part)
+    own = checkpoint_tensors("", module.objective.own)
     vocabulary = int(module.lm.config.vocab_size)
     prompts_PL = torch.arange(PROBES * PROBE_TOKENS).reshape(PROBES, PROBE_TOKENS) * 7919 % vocabulary
     if new_tokens:

@@ -1,30 +1,22 @@
-"""Validation by the engine: what `ltts run` would report of the weights so far, and the best of them kept."""
+"""Validation by the engine: what `ltts run` would report of the weights so far."""
 
 from __future__ import annotations
 
 import copy
-import json
 import logging
-import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latent_tts.checkpoint import files
-from latent_tts.errors import bad_value, check_fields
-from latent_tts.results.files import settings_digest
+from latent_tts.errors import UsageError, bad_value, check_fields
 from latent_tts.text.answer import AnswerRule
-from latent_tts.types import Question, Reasoner, file_digest
+from latent_tts.types import Computation, Question, Reasoner
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from latent_tts.checkpoint.adapter import CheckpointAdapter
     from latent_tts.training.reasoner.curriculum import Stage
 
-BEST, RECORD = "best", "best.json"
+GREEDY, COVERAGE = "eval_greedy_accuracy", "eval_coverage_at_{}"
 QUESTIONS_AT_ONCE = 64  # questions that run together
 log = logging.getLogger(__name__)
 
@@ -58,6 +50,29 @@ class Validation:
             sigma="a finite number, 0 or more", temperature="a finite number, 0 or more",
             max_answer_tokens="a positive integer", share="a positive number", dtype=("float32", "bfloat16", "float16"),
         )  # fmt: skip
+
+    def prove(self, module: Any, adapter: CheckpointAdapter, questions: Sequence[Question]) -> Computation:
+        """How the engine has to compute a model, which depends on its architecture and on the longest sequence.
+
+        Args:
+            module: the model in training.
+            adapter: how prompts are written.
+            questions: to answer.
+
+        Raises:
+            UsageError: the engine computes it in no way as it computes itself.
+        """
+        from latent_tts.engine.proof import prove_reasoner
+
+        after = adapter.latents + len(adapter.thinking_end_ids) + self.max_answer_tokens
+        longest = max(len(adapter.encode(question)) for question in questions) + after
+        try:
+            found = prove_reasoner(joined_copy(module, "float32"), longest)
+        except UsageError as error:
+            raise bad_value("validation.every", self.every, f"must be null: {error}") from error
+        if found.reason:
+            log.warning("validation takes longer: %s", found.reason)
+        return found
 
     def measure(
         self,
@@ -108,7 +123,7 @@ class Validation:
                     ]
                     solved += any(answer is not None and rule.is_right(answer, question.gold) for answer in read)
             shares.append(solved / len(questions))
-        return {"eval_greedy_accuracy": shares[0], f"eval_coverage_at_{self.rollouts}": shares[1]}
+        return {GREEDY: shares[0], COVERAGE.format(self.rollouts): shares[1]}
 
 
 def joined_copy(module: Any, dtype: str) -> Reasoner:
@@ -123,63 +138,3 @@ def joined_copy(module: Any, dtype: str) -> Reasoner:
     if isinstance(next_latent, nn.Module):
         next_latent = copy.deepcopy(next_latent).to(kind).eval()
     return Reasoner(lm.to(kind).eval().requires_grad_(False), next_latent)
-
-
-def keep_if_best(states: Path, weights: Mapping[str, Tensor], update: int, figures: dict[str, float]) -> bool:
-    """Keep weights beside the saved states if no earlier ones were as good; says whether it did.
-
-    The first figure counts, the second among equal ones.
-    """
-    from safetensors.torch import save_file
-
-    score, folder = list(figures.values()), states / BEST
-    best = read_best(states)
-    if best is not None and best["score"] >= score:
-        return False
-    with files.whole_folder(folder) as partial:
-        save_file(dict(weights), partial / files.WEIGHTS)
-        record = {"update": update, "score": score, "figures": figures, "weights": file_digest(partial / files.WEIGHTS)}
-        (partial / RECORD).write_text(json.dumps(record | {"digest": settings_digest(record)}) + "\n")
-    return True
-
-
-def read_best(states: Path) -> dict[str, Any] | None:
-    """The record of the best weights so far; None if there are none.
-
-    Raises:
-        UsageError: it is damaged.
-    """
-    path = states / BEST / RECORD
-    if not path.is_file():
-        return None
-    with suppress(OSError, ValueError, AttributeError, RecursionError):
-        record = json.loads(path.read_text())
-        if record.pop("digest", None) in (None, settings_digest(record)):  # earlier versions wrote none
-            return record
-    raise bad_value("output", path, "is damaged; train in another folder")
-
-
-def forget_best_after(states: Path, done: int) -> None:
-    """Remove the best weights if they are of an update that is made anew, and differently: as in a run by the clock.
-
-    Args:
-        states: folder of the saved states.
-        done: updates of the state that the run resumes from.
-    """
-    best = read_best(states)
-    if best is not None and best["update"] > done:
-        log.warning("the best weights so far are of update %d, which is made anew; they are removed", best["update"])
-        shutil.rmtree(states / BEST)
-
-
-def best_weights(states: Path) -> Path:
-    """The folder of the best weights.
-
-    Raises:
-        UsageError: they are missing or damaged.
-    """
-    record, path = read_best(states), states / BEST / files.WEIGHTS
-    digest = file_digest(path) if path.is_file() else None
-    if record is None or digest != record.get("weights", digest):
-        raise bad_value("output", path, "is missing or damaged; train in another folder")
-    return states / BEST
