@@ -84,7 +84,7 @@ class Labeller:
         adapter, rule = self._spec.adapter, self._spec.task.rule
 
         def is_right(job: QuestionToLabel, ids: list[int]) -> bool:
-            prediction = rule.read(adapter.answer_text(ids), adapter)
+            prediction = adapter.read_answer(adapter.answer_text(ids), rule)
             return prediction is not None and rule.is_right(prediction, job.question.gold)
 
         jobs = [
