@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         return say(error)
     with _as_hydra_expects(name, overrides) as wants_traceback:
-        return _run_hydra(name, overrides, wants_traceback=wants_traceback)
+        return _run_hydra(name, wants_traceback=wants_traceback)
 
 
 def entry() -> None:
@@ -190,20 +190,16 @@ def _exists(path: str) -> bool:
         return False
 
 
-def _run_hydra(name: str, arguments: list[str], *, wants_traceback: bool) -> int:
+def _run_hydra(name: str, *, wants_traceback: bool) -> int:
     """Hand over to Hydra, and turn what it raises into a line and an exit code."""
-    import hydra
-
     from latent_tts.config import jobs
-    from latent_tts.config.build import conf_dir, register_schemas
+    from latent_tts.config.build import register_schemas
     from latent_tts.config.callbacks import Failures, FolderLock
 
-    job, command = _job_of(name), name.replace("-", "_")
     register_schemas()
     Failures.kept.clear()
     try:
-        if not jobs.run(command, job, arguments):
-            hydra.main(version_base="1.3", config_path=conf_dir(), config_name=command)(job)()
+        jobs.run(name.replace("-", "_"), _job_of(name))
         if Failures.kept:
             raise Failures.kept.pop()
     except SystemExit as stop:

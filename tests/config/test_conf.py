@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from latent_tts.config import build as config
-from latent_tts.config import reference, schemas
+from latent_tts.config import reference
 
 CONF = Path(reference.conf_dir())
 OPTIONS = sorted(path.relative_to(CONF).with_suffix("").parts for path in CONF.glob("*/*.yaml"))
@@ -74,10 +74,10 @@ def test_a_model_takes_the_recipe_of_its_name_unless_told_another(family):
     assert compose("train_reasoner", overrides=[f"model={family}", "recipe=cot"]).recipe._target_.endswith("cot.Cot")
 
 
-@pytest.mark.parametrize("command", sorted(schemas.SCHEMAS))
+@pytest.mark.parametrize("command", sorted(reference.command_files()))
 def test_every_command_composes_and_shows_every_key_of_its_schema(command):
     cfg = compose(command)
-    assert set(cfg) == set(schemas.SCHEMAS[command].__dataclass_fields__)
+    assert set(cfg) == set(reference.read_command(command).schema.__dataclass_fields__)
     for key in cfg:
         assert not OmegaConf.is_missing(cfg, key) or key in ("a", "b", "src", "dst", "run")
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.utils import create_config_search_path
 from hydra.core.utils import JobRuntime, setup_globals
 from hydra.types import RunMode
@@ -70,22 +69,6 @@ def test_a_file_that_changed_is_read_again(hydra_is_set_up, place):
         assert f"value: {value}\n" in composed_by(Loader, "sampler=own")[0]
 
 
-def test_a_file_is_read_once_for_all_choices_of_options(hydra_is_set_up, monkeypatch):
-    read, load = Counter(), ConfigRepository.load_config
-
-    def counted(self, config_path):
-        read.update([config_path])
-        return load(self, config_path)
-
-    monkeypatch.setattr(ConfigRepository, "load_config", counted)
-    monkeypatch.setattr("latent_tts.config.jobs._composed", {})
-    monkeypatch.setattr("latent_tts.config.jobs._read", {})
-    for sampler in ("greedy", "gaussian"):
-        assert f"sampler.{sampler}." in composed_by(Loader, f"sampler={sampler}")[0]
-    assert {"run", "sampler/greedy", "sampler/gaussian"} <= set(read)
-    assert set(read.values()) == {1}
-
-
 @pytest.mark.slow
 def test_a_sweep_composes_each_choice_of_options_once(run, monkeypatch):
     composed, compose = Counter(), ConfigLoaderImpl._compose_config_from_defaults_list
@@ -97,7 +80,7 @@ def test_a_sweep_composes_each_choice_of_options_once(run, monkeypatch):
     monkeypatch.setattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", counted)
     monkeypatch.setattr("latent_tts.config.jobs._composed", {})
     build._defaults.cache_clear()
-    swept = run("scorer=none", "sampler=greedy,gaussian", "seed=3,4", "n=1", "-m", "hydra.sweep.dir=swept")
+    swept = run("sampler=greedy,gaussian", "scorer=none", "seed=3,4", "n=1", "-m", "hydra.sweep.dir=swept")
     assert swept.code == 0, swept.err
     found = [json.loads(Path(f"swept/{job}/run.json").read_text())["config"] for job in range(4)]
     drawn = [(each["sampler"]["_target_"].split(".")[-2], each["seed"]) for each in found]
@@ -105,16 +88,18 @@ def test_a_sweep_composes_each_choice_of_options_once(run, monkeypatch):
     assert composed["sampler/gaussian"] == 2  # for the jobs, and for the defaults that they are compared with
 
 
-def test_a_job_is_composed_once(run, monkeypatch):
-    names, load = [], ConfigLoaderImpl.load_configuration
+def test_a_job_is_composed_once(ltts, monkeypatch):
+    composed, compose = Counter(), ConfigLoaderImpl._compose_config_from_defaults_list
 
-    def counted(self, config_name, overrides, *arguments, **more):
-        names.append(list(overrides))
-        return load(self, config_name, overrides, *arguments, **more)
+    def counted(self, defaults, repo):
+        composed.update(default.config_path for default in defaults)
+        return compose(self, defaults, repo)
 
-    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", counted)
-    assert run("scorer=none", "n=2").code == 0
-    assert sum("n=2" in overrides for overrides in names) == 1
+    monkeypatch.setattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", counted)
+    monkeypatch.setattr("latent_tts.config.jobs._composed", {})
+    build._defaults.cache_clear()
+    assert ltts("run", "sampler=greedy", "scorer=none", "n=1", "task.limit=1").code == 0
+    assert composed["run"] == composed["scorer/none"] == 1  # for the job, and for the defaults that it is compared with
 
 
 @pytest.mark.slow

@@ -26,8 +26,8 @@ def main(cfg: DictConfig) -> None:
     # a default folder may not exist yet
     chosen = [runs for runs in cfg.runs if is_given("runs") or Path(runs).expanduser().is_dir()] or list(cfg.runs)
     folders = list(dict.fromkeys(folder for runs in chosen for folder in run_folders(Path(runs).expanduser())))
-    output = Path(cfg.output or "").expanduser()
-    require("output", cfg.output, bool(cfg.output) and not output.is_dir(), "must be the path of a CSV file")
+    output = Path(cfg.output).expanduser()
+    require("output", cfg.output, not output.is_dir(), "must be the path of a CSV file")
     tables = read_tables(folders)
     completed = {job_config(folder) for folder in tables} - {None}
     for folder in folders:

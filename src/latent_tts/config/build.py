@@ -27,8 +27,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from latent_tts.config.jobs import Loader
-from latent_tts.config.reference import conf_dir, nested_groups, option_names
-from latent_tts.config.schemas import SCHEMAS
+from latent_tts.config.reference import TARGET, command_files, conf_dir, nested_groups, option_names, read_command
 from latent_tts.errors import LatentTTSError, UsageError, is_whole, require, unknown_key
 from latent_tts.results.files import LOCK
 
@@ -38,21 +37,9 @@ IN_CURVES = {"aggregator", "budget", "model", "sampler", "schedule", "scorer", "
 
 @cache
 def register_schemas() -> None:
-    """Make the schemas known to Hydra as `NAME_schema`."""
-    for name, schema in SCHEMAS.items():
-        ConfigStore.instance().store(f"{name}_schema", schema)
-
-
-@cache
-def defaults_of(command: str) -> list[Any]:
-    """The choices of options in the command's own file, which callers must not modify."""
-    # composing the defaults again would take as long as a small run
-    own: Any = OmegaConf.load(Path(conf_dir()) / f"{command}.yaml")
-    bases = [base for base in own.defaults if base in SCHEMAS]  # a command may extend another one
-    return [
-        *(entry for base in bases for entry in defaults_of(base)),
-        *(entry for entry in own.defaults if OmegaConf.is_dict(entry)),
-    ]
+    """Make the types of the commands' keys known to Hydra as `NAME_schema`."""
+    for name in command_files():
+        ConfigStore.instance().store(f"{name}_schema", read_command(name).schema)
 
 
 def output_dir() -> Path:
@@ -97,7 +84,7 @@ def build(group: str, node: Any) -> Any:
         UsageError: the object refuses a value.
     """
     require(group, node, OmegaConf.is_dict(node), f"must be an option of the group, as in `{group}=NAME`")
-    for nested in nested_groups(group, [Path(conf_dir())]):  # looking for other packages takes as long as all of build
+    for nested in nested_groups(group):
         name = nested.rpartition("/")[2]
         fits = name not in node or OmegaConf.is_dict(node[name])
         require(nested.replace("/", "."), node.get(name), fits, f"must be an option, as in `{nested}=NAME`")
@@ -129,7 +116,7 @@ def _with_typed_number(error: LatentTTSError) -> LatentTTSError:
 
 
 def _refuse_unknown_arguments(group: str, node: DictConfig) -> None:
-    known = list(inspect.signature(get_object(node["_target_"])).parameters)
+    known = list(inspect.signature(get_object(node[TARGET])).parameters)
     for key in map(str, node):
         if key not in known and not (key.startswith("_") and key.endswith("_")):  # those are Hydra's
             raise unknown_key(f"{group}.{key}", known)
@@ -162,9 +149,14 @@ def changed_keys(cfg: DictConfig, known: set[str]) -> dict[str, Any]:
     choices = hydra_cfg.runtime.choices
     # an option of `engine` is no choice of its own, but settings
     chosen = {str(group): choices.get(str(group)) for group in cfg if group != "engine"}
-    own = {group: option_names(group, [Path(conf_dir())]) for group in chosen}
-    overrides = [f"{group}={option}" for group, option in chosen.items() if option in own[group]]
-    before, after = _defaults(str(hydra_cfg.job.config_name), tuple(overrides)), _flat(cfg)
+    command, own = str(hydra_cfg.job.config_name), [Path(conf_dir())]
+    usual = read_command(command).groups
+    overrides = [
+        f"{group}={option}"
+        for group, option in chosen.items()
+        if option in option_names(group, own) and usual.get(group) != [option]
+    ]
+    before, after = _defaults(command, tuple(overrides)), _flat(cfg)
     changed = {key: value for key, value in after.items() if before.get(key) != value}
     hidden = tuple(f"{key}." for key in known)
     return {k: v for k, v in sorted(changed.items()) if k not in known and not k.startswith(hidden)}
@@ -176,7 +168,7 @@ def _defaults(command: str, overrides: tuple[str, ...]) -> Mapping[str, Any]:
     places, conf = ConfigSearchPathImpl(), conf_dir()
     for provider, path in (("hydra", "pkg://hydra.conf"), ("main", f"file://{conf}"), ("schema", "structured://")):
         places.append(provider, path)
-    local = any("optional local" in entry for entry in defaults_of(command)) and option_names("local", [Path(conf)])
+    local = "local" in read_command(command).groups and option_names("local", [Path(conf)])
     without_local = ["~local"] if local else []  # a clone's conf/local is the user's
     return _flat(compose(command, [*overrides, *without_local], Loader(places)))
 
@@ -229,10 +221,10 @@ def _float_keys(place: str, node: Mapping[str, Any]) -> set[str]:
     """The keys of a node that an option takes floats for."""
     if place == "model.recommended.":
         return {"sigma", "rate"}  # of samplers
-    if not isinstance(node.get("_target_"), str):
+    if not isinstance(node.get(TARGET), str):
         return set()
     try:
-        parameters = inspect.signature(get_object(node["_target_"])).parameters
+        parameters = inspect.signature(get_object(node[TARGET])).parameters
     except Exception:  # whatever its module raises; building the option says so
         return set()
     kinds = {name: set(re.findall(r"\w+", str(parameter.annotation))) for name, parameter in parameters.items()}
@@ -260,8 +252,7 @@ def is_default(group: str, cfg: DictConfig) -> bool:
     """Whether neither the command line nor an experiment chose the options of a group of several."""
     if is_given(group):
         return False
-    own = defaults_of(str(HydraConfig.get().job.config_name))
-    return any(set(entry.get(group, ())) == set(cfg[group]) for entry in own)
+    return set(read_command(str(HydraConfig.get().job.config_name)).groups.get(group, ())) == set(cfg[group])
 
 
 def _flat(cfg: DictConfig) -> dict[str, Any]:

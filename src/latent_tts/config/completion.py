@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 from latent_tts.config.reference import (
     GROUPS,
-    Key,
     chosen_options,
     conf_dirs,
     keys_of,
-    nested_groups,
     option_names,
     options_of,
-    options_with_nested,
-    read_command,
-    read_option,
 )
 
 FOLDER_FLAGS = ("-cd", "--config-dir")
@@ -97,48 +92,27 @@ def candidates(
         return _beginning(flag_choices[others[-1]], word)
     if others and others[-1] in FOLDER_FLAGS:
         return []
+    file = name.replace("-", "_")
     places = conf_dirs(folder for flag, folder in pairwise(others) if flag in FOLDER_FLAGS)
     key, equals, value = word.partition("=")
     if equals:
         *before, last = re.split(r"[,\[]", value)  # the values of a sweep or a list
-        values = [each for each in _values(name, key.lstrip("+"), others, places) if each not in before]
+        values = [each for each in _values(file, key.lstrip("+"), others, places) if each not in before]
         return [f"{word.removesuffix(last)}{each}" for each in _beginning(values, last)]
-    command = read_command(name.replace("-", "_"))
-    groups = [group for group in [*command.groups, *_nested(name, others, places)] if option_names(group, places)]
-    keys = [key.name for key in _keys(name, others, places)]
+    groups = [group for group in chosen_options(file, others, places) if option_names(group, places)]
+    keys = [key.name for key in keys_of(file, others, places)]
     sign = word[: len(word) - len(word.lstrip("+"))]
     found = _beginning([f"{sign}{key}=" for key in dict.fromkeys([*groups, *keys])], word)
     return [*_beginning(ACTIONS.get(name, ()), word), *found]
 
 
-def _keys(name: str, overrides: Sequence[str], places: Sequence[Path]) -> list[Key]:
-    """The keys of a command and of the options that it has under some overrides."""
-    nested = [
-        read_option(group, option, places).keys
-        for group, option in _nested(name, overrides, places).items()
-        if option in option_names(group, places)
-    ]
-    return [*keys_of(name.replace("-", "_"), overrides, places), *chain(*nested)]
-
-
-def _nested(name: str, overrides: Sequence[str], places: Sequence[Path]) -> dict[str, str]:
-    """The groups inside the options that a command has under some overrides, with the option chosen in each."""
-    chosen: dict[str, str] = {}
-    for group, options in chosen_options(name.replace("-", "_"), overrides, places).items():
-        for nested in nested_groups(group, places):
-            defaults = options_with_nested(nested, places)
-            chosen.update((nested, defaults[option]) for option in options if option in defaults)
-    given = dict(override.lstrip("+").split("=", 1) for override in overrides if "=" in override)
-    return {group: given.get(group, default) for group, default in chosen.items()}
-
-
-def _values(name: str, key: str, overrides: Sequence[str], places: Sequence[Path]) -> Sequence[str]:
+def _values(command: str, key: str, overrides: Sequence[str], places: Sequence[Path]) -> Sequence[str]:
     """The values that a key can have, if they are few."""
-    if key in GROUPS or key in _nested(name, overrides, places):
-        return options_of(name.replace("-", "_"), key, places)
+    if key in GROUPS:
+        return options_of(command, key, places)
     if key in OWN_VALUES:
         return OWN_VALUES[key]
-    kinds = {each.name: each.kind for each in _keys(name, overrides, places)}
+    kinds = {each.name: each.kind for each in keys_of(command, overrides, places)}
     return VALUES.get(kinds.get(key, ""), ())
 
 

@@ -191,7 +191,7 @@ def command_help(name: str, about: str, positional: Sequence[str], overrides: Se
         keys = [key for option in options if option in chosen[group] for key in read_option(group, option, places).keys]
         if keys and group != "experiment":
             parts.append(definitions(map(_key_row, keys), width, indent=4))
-        for nested in nested_groups(group, places):
+        for nested in nested_groups(group):
             described = _described_options(nested, places, width, indent=4)
             parts.append("\n".join([f"  {nested}, where the option above has one:", *described]))
     flags = [row for row in FLAGS_TEXT if groups or row[0] not in ("-m, --multirun", "--config-dir FOLDER")]

@@ -114,7 +114,7 @@ def key_of_option(command: str, name: str) -> tuple[str, list[str]] | None:
 def _owners(group: str) -> dict[str, list[str]]:
     """The keys of a group and of those inside it, each with the options that have it."""
     owners: dict[str, list[str]] = {}
-    for each in [group, *nested_groups(group, PLACES)]:
+    for each in [group, *nested_groups(group)]:
         for option in _options(each):
             for key in read_option(each, option, PLACES).keys:
                 owners.setdefault(key.name, []).append(f"{each}={option}")
@@ -148,7 +148,7 @@ def check_choices(command: str, arguments: Sequence[str]) -> None:
         UsageError: one does.
     """
     known, places = read_command(command), conf_dirs()
-    nested = {name: group for group in known.groups for name in nested_groups(group, places)}
+    nested = {name: group for group in known.groups for name in nested_groups(group)}
     for argument in arguments:
         key, _, text = argument.lstrip("+").partition("=")
         if key not in known.groups and key not in nested:

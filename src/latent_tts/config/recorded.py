@@ -20,12 +20,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from latent_tts.aggregator import Aggregator
 from latent_tts.config.build import build, compose
-from latent_tts.config.reference import conf_dir
+from latent_tts.config.reference import TARGET, conf_dir
 from latent_tts.errors import UsageError
 from latent_tts.pipeline import sweep
 from latent_tts.results.cache import KEY_JSON
 
-TARGET = "_target_"
 NEVER_RECORDED = ("_args_", "_partial_")  # no option has them
 
 

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, make_dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
@@ -42,6 +42,16 @@ WORDS = {
     "int": "integer", "float": "number", "bool": "true or false", "str": "text", "None": "null",
     "Sequence": "list", "list": "list", "tuple": "list", "Mapping": "mapping", "dict": "mapping",
 }  # fmt: skip
+# types of commands' keys whose default in the file does not show them; beside a default of null it is one of both
+TYPES = {
+    "n": "int", "a_n": "int", "b_n": "int", "latents": "int", "engine.rows": "int", "max_answer_tokens": "int",
+    "guesses": "list[str]", "chunks": "list[int]", "tolerances": "list[float]", "scorer.range": "list[float]",
+    "beside": "str | None",
+}  # fmt: skip
+TARGET = "_target_"
+NO_KEYS = ("defaults", "hydra", TARGET)
+NO_NODES = {"local", "experiment"}  # groups whose options set keys of other groups
+YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
@@ -86,12 +96,14 @@ class Command:
         keys: its own keys.
         groups: its groups in order, with the option chosen by default, or the list of them.
         lists: those of its groups of which several options can be chosen.
+        schema: a dataclass with the types of its own keys, by which OmegaConf checks its config; options check theirs.
     """
 
     examples: tuple[str, ...]
     keys: tuple[Key, ...]
     groups: Mapping[str, list[str]]
     lists: frozenset[str]
+    schema: type
 
 
 def conf_dir() -> str:
@@ -134,8 +146,7 @@ def conf_dirs(extra: Iterable[str] = ()) -> list[Path]:
 def option_names(group: str, places: Sequence[Path]) -> list[str]:
     """The names of a group's options, those in folders too, as `smollm2/codi`."""
     found = {path.relative_to(place / group) for place in places for path in (place / group).rglob("*.yaml")}
-    nested = {name.removeprefix(f"{group}/") for name in nested_groups(group, places)}
-    return sorted(path.with_suffix("").as_posix() for path in found if path.parts[0] not in nested)
+    return sorted(path.with_suffix("").as_posix() for path in found if f"{group}/{path.parts[0]}" not in GROUPS)
 
 
 def options_of(command: str, group: str, places: Sequence[Path]) -> list[str]:
@@ -145,24 +156,25 @@ def options_of(command: str, group: str, places: Sequence[Path]) -> list[str]:
         return names
     own = read_command(command)
     known = {*own.groups, *(key.name.partition(".")[0] for key in own.keys)}
-    return [name for name in names if known >= _settings_of(read_option(group, name, places), places)]
+    return [name for name in names if known >= _settings_of(name, places)]
 
 
-def _settings_of(option: Option, places: Sequence[Path]) -> set[str]:
+def _settings_of(experiment: str, places: Sequence[Path]) -> set[str]:
     """What an experiment sets: groups, and the first parts of keys."""
-    text = _option_path(option.group, option.name, places).read_text(errors="replace")
-    groups = re.findall(r"^ *- override /([a-z]+):", text, re.M)
-    return {*groups, *(key.name.partition(".")[0] for key in option.keys)}
+    groups = re.findall(r"^ *- override /([a-z]+):", _option_text("experiment", experiment, places), re.M)
+    keys = read_option("experiment", experiment, places).keys
+    return {*groups, *(key.name.partition(".")[0] for key in keys)}
 
 
-def _option_path(group: str, name: str, places: Sequence[Path]) -> Path:
-    return next(file for place in places if (file := place / group / f"{name}.yaml").is_file())
+def _option_text(group: str, name: str, places: Sequence[Path]) -> str:
+    """The first file of that name."""
+    files = (place / group / f"{name}.yaml" for place in places)
+    return next(file for file in files if file.is_file()).read_text(errors="replace")
 
 
-def nested_groups(group: str, places: Sequence[Path]) -> list[str]:
+def nested_groups(group: str) -> list[str]:
     """The groups inside a group, as `budget/rule`."""
-    folders = {path.name for place in places for path in (place / group).glob("*/") if any(path.glob("*.yaml"))}
-    return [name for folder in sorted(folders) if options_with_nested(name := f"{group}/{folder}", places)]
+    return [name for name in GROUPS if name.startswith(f"{group}/")]
 
 
 def options_with_nested(nested: str, places: Sequence[Path]) -> dict[str, str]:
@@ -172,72 +184,96 @@ def options_with_nested(nested: str, places: Sequence[Path]) -> dict[str, str]:
         The option of the inner group that each chooses by default.
     """
     group, _, name = nested.rpartition("/")
-    files = {path.stem: path.read_text(errors="replace") for place in places for path in (place / group).glob("*.yaml")}
-    found = {option: re.search(rf"^  - {re.escape(name)}: *([\w-]+)", files[option], re.M) for option in sorted(files)}
+    texts = {option: _option_text(group, option, places) for option in option_names(group, places)}
+    found = {option: re.search(rf"^  - {name}: *([\w-]+)", text, re.M) for option, text in texts.items()}
     return {option: default[1] for option, default in found.items() if default}
 
 
 def read_option(group: str, name: str, places: Sequence[Path]) -> Option:
     """An option, as the first file of that name has it; its keys begin with the group."""
-    text = _option_path(group, name, places).read_text(errors="replace")
-    about = _top_comment(text)
-    prefix = (
-        ""
-        if "# @package _global_" in text
-        else f"{group}.{name}."
-        if group == "aggregator"
-        else f"{group.replace('/', '.')}."
-    )
-    try:
-        root = yaml.compose(text)
-    except yaml.YAMLError:  # composing it says what is wrong
-        return Option(group, name, about[0] if about else "", ())
-    target = next((v.value for k, v in root.value if k.value == "_target_"), "") if root is not None else ""
-    kinds = _argument_kinds(target)
-    keys = tuple(
-        Key(prefix + key.name, key.default, key.comment, kinds.get(key.name, ""))
-        for key in _keys(root, text, nested=prefix == "")
-    )
-    return Option(group, name, about[0] if about else "", keys)
+    text = _option_text(group, name, places)
+    is_global = "# @package _global_" in text
+    prefix = "" if is_global else f"{group}.{name}." if group == "aggregator" else f"{group.replace('/', '.')}."
+    keys: tuple[Key, ...] = ()
+    with suppress(yaml.YAMLError):  # composing it says what is wrong
+        keys = tuple(_keys(yaml.compose(text, YAML), text, prefix, nested=is_global))
+    return Option(group, name, next(iter(_top_comment(text)), ""), keys)
+
+
+def command_files() -> list[str]:
+    """The names of the commands' files, as in `train_reasoner`."""
+    return [path.stem for path in Path(conf_dir()).glob("*.yaml") if not path.stem.startswith("hydra_")]
 
 
 @cache
 def read_command(command: str) -> Command:
-    """A command by the name of its file, as in `train_reasoner`."""
-    from latent_tts.config.schemas import SCHEMAS  # imports OmegaConf, which lists of options do without
-
+    """A command by the name of its file."""
     text = (Path(conf_dir()) / f"{command}.yaml").read_text()
-    root = yaml.compose(text)
-    defaults = next(value for key, value in root.value if key.value == "defaults")
-    bases = [read_command(entry.value) for entry in defaults.value if entry.value in list(SCHEMAS)]  # it extends them
-    groups = {group: list(chosen) for base in bases for group, chosen in base.groups.items()}
-    lists = {group for base in bases for group in base.lists}
-    for entry in defaults.value:
+    root = yaml.compose(text, YAML)
+    defaults = next(value for key, value in root.value if key.value == "defaults").value
+    base = next((entry.value for entry in defaults if entry.value in command_files()), None)
+    extended = read_command(base) if base else Command((), (), {}, frozenset(), object)
+    groups, lists = dict(extended.groups), set(extended.lists)
+    for entry in defaults:
         for key, value in entry.value if isinstance(entry, yaml.MappingNode) else ():
             group = key.value.removeprefix("optional ").removeprefix("override ")
             if isinstance(value, yaml.SequenceNode):
                 lists.add(group)
             if not group.startswith("hydra/"):
-                chosen = [each.value for each in value.value] if isinstance(value, yaml.SequenceNode) else [value.value]
-                groups[group] = [name for name in chosen if name != "null"]
-    kinds = _schema_kinds(SCHEMAS[command])
-    for key, value in root.value:  # what describes an object, as `optimization` does
-        target = next((v.value for k, v in value.value if k.value == "_target_"), "") if _is_block(value) else ""
-        kinds |= {f"{key.value}.{name}": kind for name, kind in _argument_kinds(target).items()}
-    keys = [Key(key.name, key.default, key.comment, kinds.get(key.name, "")) for key in _keys(root, text, nested=True)]
-    keys += [key for base in bases for key in base.keys]
-    return Command(tuple(_top_comment(text)[1:]), tuple(keys), groups, frozenset(lists))
+                chosen = value.value if isinstance(value, yaml.SequenceNode) else [value]
+                groups[group] = [each.value for each in chosen if each.value != "null"]
+    types: dict[str, Any] = {group: Any for group in groups if group not in NO_NODES}
+    if "engine" in types:  # which makes no object
+        settings = yaml.compose(_option_text("engine", "default", [Path(conf_dir())]), YAML)
+        types["engine"] = _schema(settings, "engine.")
+    keys = (*_keys(root, text, nested=True), *extended.keys)
+    schema = _schema(root, "", types, extended.schema)
+    return Command(tuple(_top_comment(text)[1:]), keys, groups, frozenset(lists), schema)
+
+
+def _schema(node: yaml.Node, prefix: str, groups: Mapping[str, Any] | None = None, base: type = object) -> type:
+    """A dataclass with the types of the keys of a mapping.
+
+    Args:
+        node: the mapping.
+        prefix: of its keys' full names.
+        groups: types of keys of which those in the mapping say nothing.
+        base: the class to extend.
+    """
+    groups = groups or {}
+    found: dict[str, Any] = {}
+    for key, value in node.value:
+        if key.value in groups or key.value in NO_KEYS:
+            continue
+        if not isinstance(value, yaml.MappingNode):
+            found[key.value] = _annotation(prefix + key.value, value)
+        else:  # the object that it describes checks it, if it describes one
+            found[key.value] = Any if _target(value) else _schema(value, f"{prefix}{key.value}.")
+    # with a default of OmegaConf's, since the standard library's is another object in other processes
+    kinds = [(key, kind, "???") for key, kind in (found | {**groups}).items()]
+    return make_dataclass("Keys", kinds, bases=(base,))
+
+
+def _annotation(name: str, value: yaml.Node) -> str:
+    """The type of a key, as `TYPES` has it or else as its default shows it."""
+    shown = value.tag.rpartition(":")[2]
+    if shown == "null":
+        return f"{TYPES.get(name, 'str')} | None"
+    return TYPES.get(name, "list[str]" if shown == "seq" else shown)
 
 
 def chosen_options(command: str, overrides: Iterable[str], places: Sequence[Path]) -> dict[str, list[str]]:
     """The options that a command has under some overrides, by group; those that do not exist are left out."""
-    chosen = dict(read_command(command).groups)
-    for override in overrides:
-        group, _, value = override.lstrip("+").partition("=")
-        if group in chosen:
-            chosen[group] = [name.strip() for name in value.strip("[]").split(",")]
+    parts = (override.lstrip("+").partition("=") for override in overrides)
+    given = {key: [name.strip() for name in value.strip("[]").split(",")] for key, _, value in parts}
+    groups = read_command(command).groups
+    chosen = {group: given.get(group, names) for group, names in groups.items()}
     if chosen.get("recipe") == ["${model}"]:
-        chosen["recipe"] = [chosen.get("model", [""])[-1].removeprefix("demo_")]
+        chosen["recipe"] = [chosen["model"][-1].removeprefix("demo_")]
+    for nested in (name for group in groups for name in nested_groups(group)):
+        defaults = options_with_nested(nested, places)
+        if inner := [defaults[option] for option in chosen[nested.rpartition("/")[0]] if option in defaults]:
+            chosen[nested] = given.get(nested, inner)
     return {group: [name for name in names if name in option_names(group, places)] for group, names in chosen.items()}
 
 
@@ -263,27 +299,28 @@ def _top_comment(text: str) -> list[str]:
     return [line.removeprefix("#").removeprefix(" ") for line in lines if "@package" not in line]
 
 
-def _keys(node: yaml.Node | None, text: str, *, nested: bool, prefix: str = "") -> Iterator[Key]:
+def _keys(node: yaml.Node | None, text: str, prefix: str = "", *, nested: bool) -> Iterator[Key]:
     """The keys of a mapping with their comments; a mapping in it is one key, or its keys each (`nested`)."""
-    lines = text.splitlines()
+    lines, kinds = text.splitlines(), _argument_kinds(_target(node))
     for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-        name = prefix + str(key.value)
-        if key.value == "_target_" or name in ("defaults", "hydra"):
+        name = prefix + key.value
+        if key.value in NO_KEYS:
             continue
-        block = _is_block(value)
+        block = isinstance(value, yaml.MappingNode) and not value.flow_style  # written over several lines
         end = key.end_mark if block else value.end_mark
         comment = lines[end.line][end.column :].lstrip(": ") if end.line < len(lines) else ""
         comment = comment.removeprefix("#").strip() if comment.startswith("#") else ""
         if block and nested:
-            yield from _keys(value, text, nested=True, prefix=f"{name}.")
+            yield from _keys(value, text, f"{name}.", nested=True)
         elif not block or comment:
             default = "{...}" if block else text[value.start_mark.index : value.end_mark.index]
-            yield Key(name, default or "null", comment)
+            yield Key(name, default or "null", comment, kinds.get(key.value, _words(_annotation(name, value))))
 
 
-def _is_block(node: yaml.Node) -> bool:
-    """Whether a node is a mapping that is written over several lines."""
-    return isinstance(node, yaml.MappingNode) and not node.flow_style
+def _target(node: yaml.Node | None) -> str:
+    """The object that a mapping describes; empty for none."""
+    pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+    return next((value.value for key, value in pairs if key.value == TARGET), "")
 
 
 @cache
@@ -303,33 +340,24 @@ def _argument_kinds(target: str) -> Mapping[str, str]:
         if isinstance(node, ast.ImportFrom) and name in {alias.asname or alias.name for alias in node.names}:
             return _argument_kinds(f"{node.module}.{name}")
         if isinstance(node, ast.FunctionDef) and node.name == name:
-            return {each.arg: _kind(each.annotation) for each in (*node.args.args, *node.args.kwonlyargs)}
+            return _parameter_kinds(node)
         if isinstance(node, ast.ClassDef) and node.name == name:
             for base in node.bases:
                 kinds |= _argument_kinds(f"{module}.{ast.unparse(base)}") if isinstance(base, ast.Name) else {}
             for field in node.body:
-                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                    kinds[field.target.id] = _kind(field.annotation)
+                if isinstance(field, ast.AnnAssign):
+                    kinds[ast.unparse(field.target)] = _words(ast.unparse(field.annotation))
                 if isinstance(field, ast.FunctionDef) and field.name == "__init__":
-                    kinds |= {each.arg: _kind(each.annotation) for each in (*field.args.args, *field.args.kwonlyargs)}
+                    kinds |= _parameter_kinds(field)
     return kinds
 
 
-def _schema_kinds(schema: Any, prefix: str = "") -> dict[str, str]:
-    """The types of a command's own keys, in words, by key."""
-    kinds = {}
-    for field in fields(schema):
-        nested = vars(sys.modules[schema.__module__]).get(str(field.type))
-        if is_dataclass(nested):
-            kinds |= _schema_kinds(nested, f"{prefix}{field.name}.")
-        else:
-            kinds[prefix + field.name] = _kind(ast.parse(str(field.type), mode="eval").body)
-    return kinds
+def _parameter_kinds(function: ast.FunctionDef) -> dict[str, str]:
+    parameters = (*function.args.args, *function.args.kwonlyargs)
+    return {each.arg: _words(ast.unparse(each.annotation)) for each in parameters if each.annotation}
 
 
-def _kind(annotation: ast.expr | None) -> str:
+def _words(annotation: str) -> str:
     """An annotation in words: `integer or null`."""
-    if annotation is None:
-        return ""
-    parts = [WORDS.get(part.partition("[")[0], "") for part in ast.unparse(annotation).split(" | ")]
+    parts = [WORDS.get(part.partition("[")[0], "") for part in annotation.split(" | ")]
     return " or ".join(dict.fromkeys(part for part in parts if part))

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias, cast
 from weakref import proxy
 
@@ -21,7 +22,15 @@ from transformers import PreTrainedModel
 from latent_tts.engine.attention import has_kernel
 from latent_tts.engine.head import Choice
 from latent_tts.engine.prompts import pad_prompts
-from latent_tts.engine.recording import MIN_LENGTH, PROMPT_TOKENS, Bucket, Prompts, Recordings, power_of_two
+from latent_tts.engine.recording import (
+    MIN_LENGTH,
+    PROMPT_TOKENS,
+    Bucket,
+    CudaRecorder,
+    Prompts,
+    Recordings,
+    power_of_two,
+)
 from latent_tts.engine.rollout import Answers, Engine, RolloutPlan, Rollouts, RolloutState
 from latent_tts.engine.sites import SiteHooks
 from latent_tts.engine.state import FixedState
@@ -76,7 +85,6 @@ class Move:
 
 
 Passes: TypeAlias = Prompts | Latents | FirstToken | NextToken | Move
-RolloutBucket: TypeAlias = Bucket[Passes, Rollouts]
 
 
 def smaller_grid(left_P: Sequence[int], grid: Grid) -> Grid | None:
@@ -152,10 +160,35 @@ def copied_draw(draw: Draw) -> Draw:
     return Draw(draw.keys_R2.clone(), draw.rollouts_R.clone(), draw.width, draw.blocks)
 
 
-class FixedRollouts(RolloutState):
+def agreement(found: Rollouts, wanted: Rollouts, roundings: float) -> float:
+    """Share of rollouts that agree: latents and log-probabilities within rounding, steps and answers exactly.
+
+    Where the two most probable tokens of an answer are as near each other as rounding, either answer will do.
+
+    Args:
+        found: some rollouts.
+        wanted: the same, computed otherwise.
+        roundings: how many roundings of the dtype (of float32, if it is wider) their mean difference may be.
+    """
+    limit = roundings * max(torch.finfo(dtype).eps for dtype in (wanted.latents_RTD.dtype, torch.float32))
+    pairs = zip(found.answer_ids, wanted.answer_ids, strict=True)
+    same_R = torch.tensor([ours == theirs for ours, theirs in pairs]) & torch.isclose(
+        found.answer_logprob_R, wanted.answer_logprob_R, rtol=10 * limit, atol=10 * limit, equal_nan=True
+    )
+    near_R = torch.minimum(found.answer_margin_R, wanted.answer_margin_R) <= limit
+    agree_R = (found.steps_R == wanted.steps_R) & (same_R | near_R)
+    if wanted.latents_RTD.shape[1]:
+        ours_RX, theirs_RX = (each.latents_RTD.flatten(1).double() for each in (found, wanted))
+        agree_R &= ((ours_RX - theirs_RX).abs().mean(1) <= limit * theirs_RX.abs().mean(1)).cpu()
+    return float(agree_R.double().mean())
+
+
+class FixedRollouts(RolloutState, Bucket[Passes, Rollouts]):
     """R rollouts whose tensors stay where they are, for one batch after another."""
 
-    def __init__(self, engine: Engine, hooks: SiteHooks, draw: Draw, questions: int, length: int) -> None:
+    def __init__(
+        self, engine: Engine, hooks: SiteHooks, draw: Draw, questions: int, length: int, recorder: CudaRecorder
+    ) -> None:
         """Make the tensors.
 
         Args:
@@ -164,6 +197,7 @@ class FixedRollouts(RolloutState):
             draw: random numbers of a batch, as an example.
             questions: Q.
             length: most tokens of a prefix.
+            recorder: for these tensors alone.
         """
         rows, device, plan = draw.rollouts_R.shape[0], engine.device, engine.plan
         prefixes = rows if "prompt" in hooks.sampler.random_phases else questions
@@ -172,7 +206,8 @@ class FixedRollouts(RolloutState):
         own = copied_draw(draw)
         if draw.donor_RTD is not None:
             own.donor_RTD = draw.donor_RTD.clone()
-        super().__init__(engine, hooks, state, own)
+        RolloutState.__init__(self, engine, hooks, state, own)
+        Bucket.__init__(self, recorder, engine.lm.dtype)
         self._all = AnswerRows(grid, state, own)
         self._rows = {grid: self._all}
         self._answers = Answers(plan, rows, device)
@@ -189,7 +224,7 @@ class FixedRollouts(RolloutState):
         self._wanted_before: Counter[Grid] = Counter()
 
     def tensors(self) -> list[Tensor]:
-        """All that differs between batches or between the passes of a batch."""
+        """See `Bucket`."""
         answers = self._answers
         pieces = [part for rows in self._rows.values() for part in rows.tensors()]
         found = [
@@ -273,7 +308,7 @@ class FixedRollouts(RolloutState):
         return min(power_of_two(slots, MIN_LENGTH), state.capacity)
 
     def run(self, passes: Passes) -> None:
-        """Run some passes, as they are recorded."""
+        """See `Bucket`."""
         match passes:
             case Prompts():
                 self._run_recorded_prompts()
@@ -288,10 +323,14 @@ class FixedRollouts(RolloutState):
                     self._rows[passes.target] = self._all.smaller(passes.target)
                 self._rows[passes.target].take(self._rows[passes.source])
 
-    def rewind(self) -> None:
-        """Go back to where every pass has room, though what it computes there is of no use."""
+    def restore(self) -> None:
+        """See `Bucket`."""
         self._at_1.zero_()
         self._position_1.zero_()
+
+    def agreement(self, found: Rollouts, wanted: Rollouts, roundings: float) -> float:
+        """See `agreement`."""
+        return agreement(found, wanted, roundings)
 
     def _used_after(self, latents: int) -> int:
         """Slots in use after a number of latents: the last latent is not run yet."""
@@ -390,29 +429,6 @@ class _LateReading:
         return self._host[place].tolist()
 
 
-def agreement(found: Rollouts, wanted: Rollouts, roundings: float) -> float:
-    """Share of rollouts that agree: latents and log-probabilities within rounding, steps and answers exactly.
-
-    Where the two most probable tokens of an answer are as near each other as rounding, either answer will do.
-
-    Args:
-        found: some rollouts.
-        wanted: the same, computed otherwise.
-        roundings: how many roundings of the dtype (of float32, if it is wider) their mean difference may be.
-    """
-    limit = roundings * max(torch.finfo(dtype).eps for dtype in (wanted.latents_RTD.dtype, torch.float32))
-    pairs = zip(found.answer_ids, wanted.answer_ids, strict=True)
-    same_R = torch.tensor([ours == theirs for ours, theirs in pairs]) & torch.isclose(
-        found.answer_logprob_R, wanted.answer_logprob_R, rtol=10 * limit, atol=10 * limit, equal_nan=True
-    )
-    near_R = torch.minimum(found.answer_margin_R, wanted.answer_margin_R) <= limit
-    agree_R = (found.steps_R == wanted.steps_R) & (same_R | near_R)
-    if wanted.latents_RTD.shape[1]:
-        ours_RX, theirs_RX = (each.latents_RTD.flatten(1).double() for each in (found, wanted))
-        agree_R &= ((ours_RX - theirs_RX).abs().mean(1) <= limit * theirs_RX.abs().mean(1)).cpu()
-    return float(agree_R.double().mean())
-
-
 class GraphEngine(Engine):
     """An engine that replays recordings where batches of the same sizes come again."""
 
@@ -451,18 +467,17 @@ class GraphEngine(Engine):
         if key is None:
             return usual()
 
-        def fixed(bucket: RolloutBucket | None) -> tuple[RolloutBucket, Rollouts]:
+        def fixed(known: FixedRollouts | None) -> tuple[FixedRollouts, Rollouts]:
             draw.donor_RTD = donor_RTD
             with SiteHooks(self.lm, sampler) as hooks:
-                if bucket is None:
-                    # without a circle of references, buckets go with their engine and not when garbage is collected
-                    rollouts = FixedRollouts(proxy(self), hooks, draw, len(prompts), key[3])
-                    bucket = Bucket(rollouts, self._recordings.new_recorder(), agreement, self.lm.dtype)
-                rollouts = cast(FixedRollouts, bucket.fixed)
-                found = bucket.compute(
-                    lambda: rollouts.load(prompts, draw, hooks), lambda run: rollouts.walk(run, answers=answers)
+                # without a circle of references, buckets go with their engine and not when garbage is collected
+                bucket = known or FixedRollouts(
+                    proxy(self), hooks, draw, len(prompts), key[3], self._recordings.new_recorder()
                 )
-                rollouts.count_wanted()
+                found = bucket.record_or_replay(
+                    partial(bucket.load, prompts, draw, hooks), partial(bucket.walk, answers=answers)
+                )
+                bucket.count_wanted()
             return bucket, found
 
         return self._recordings.compute(key, usual, fixed)

@@ -502,8 +502,9 @@ class RolloutState:
         if answers is not None:
             ids = [ids[:n] for ids, n in zip(answers.ids_RA.tolist(), answers.lengths_R.tolist(), strict=True)]
             logprob_R, margin_R, stopped_R = answers.logprob_R.cpu(), answers.margin_R.cpu(), answers.stopped_R.cpu()
-        stepwise = self._plan.schedule.stepwise
-        counts = Counts.of_steps(steps_R, first_is_free=self.first_is_free) if stepwise else self.counts
+        counts = self.counts
+        if self._plan.schedule.stepwise:
+            counts = Counts((steps_R - int(self.first_is_free)).clamp(min=0), steps_R, torch.zeros_like(steps_R))
         return Rollouts(
             self.latents_RTD, steps_R, ids, logprob_R, margin_R, stopped_R,
             counts.sweeps_R.cpu(), counts.commits_R.cpu(), counts.conflicts_R.cpu(), counts.timeline or [],

@@ -39,7 +39,7 @@ def check_spec(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> None:
     require(
         "budget",
         spec.budget.name,
-        spec.budget.adaptive,
+        is_adaptive(spec.budget),
         "must be adaptive or shared: those look at rollouts; the run's own table has the figures of the others",
     )
     rescoring.require_same_weights(spec, source, record)

@@ -196,15 +196,14 @@ def describe_rollouts(drawn: RunRollouts, this_command: float) -> dict[str, Any]
 
     Returns:
         How they were computed (which attention, whose logits, and why not the usual ones), where and in batches of
-        which sizes (nothing where they come out of a run folder), how many there are, and the seconds that drawing,
-        scoring and decoding took, whichever run that was.
+        which sizes, how many there are, and the seconds that drawing, scoring and decoding took, whichever run that
+        was.
     """
     rows, scores, winners = drawn.rows, drawn.scores, drawn.winners
     computation, said = drawn.cache.read_computation(), dict[str, Any]()
     if computation is not None:
         said |= computation.way | ({"computation_reason": computation.reason} if computation.reason else {})
-    if "device" in rows:
-        said |= {"devices": sorted(set(rows["device"])), "rows": sorted({int(value) for value in rows["rows"]})}
+    said |= {"devices": sorted(set(rows["device"])), "rows": sorted({int(value) for value in rows["rows"]})}
     counts = {"total": len(rows), "drawn_now": drawn.drawn_now}
     seconds = {} if scores is None else {"scoring": scores.seconds}
     seconds["drawing" if winners is None else "thinking"] = float(rows["seconds"].sum()) - sum(seconds.values())

@@ -310,7 +310,7 @@ def check_run(request: RunRequest) -> RunSpec:
         require(
             "budget",
             budget.name,
-            not budget.adaptive,
+            not is_adaptive(budget),
             "must be ladder or fixed: schedule.verify compares equally many rollouts of each question",
         )
     looked_at = len(exit_ids(adapter, schedule)) - len(adapter.thinking_end_ids)

@@ -111,7 +111,7 @@ def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
     golds = np.array([question.answer for question in spec.questions], dtype=object).repeat(spec.table_counts)
     # many rollouts give the same answer: each is read once
     text_of = cache(lambda ids: adapter.answer_text(list(map(int, ids))))
-    answer_of = cache(lambda stop, text: None if stop == NOT_DECODED else rule.read(text, adapter))
+    answer_of = cache(lambda stop, text: None if stop == NOT_DECODED else adapter.read_answer(text, rule))
     is_right = cache(lambda answer, gold: None not in (answer, gold) and rule.is_right(answer, gold))
     texts = [text_of(tuple(ids)) for ids in rows["answer_ids"]]
     answers = list(map(answer_of, rows["stop_reason"], texts))

@@ -18,7 +18,7 @@ from latent_tts.engine.dependencies import PlainRecurrence, find_dependencies
 from latent_tts.engine.lens import read_latents
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.errors import LESS_MEMORY, UsageError, computing
-from latent_tts.pipeline.drawer import Drawer, DrawingWork, places_of
+from latent_tts.pipeline.drawer import Drawer, places_of
 from latent_tts.pipeline.drawing import jobs_of
 from latent_tts.pipeline.models import find_device, refuse_graphs
 from latent_tts.pipeline.rollouts import RunRollouts, draw_rollouts
@@ -109,7 +109,8 @@ def recompute(spec: RunSpec) -> tuple[Engine, Float32, Int64, Int64]:
     rows = {place: row for row, place in enumerate(wanted.itertuples(index=False, name=None))}
     jobs = jobs_of(spec, wanted)
     refuse_graphs(spec.engine, "the host reads what each sweep did")
-    drawer = Drawer(DrawingWork(spec, max(len(job.prompt) for job in jobs), False, known_to_fit(spec.cache)))
+    longest = max(len(job.prompt) for job in jobs)
+    drawer = Drawer(spec, longest, scored=False, max_bytes=known_to_fit(spec.cache))
     drawer.engine.keeps_timeline = True
     latents_RTD = np.zeros((len(rows), spec.adapter.latents, drawer.engine.width), dtype=np.float32)
     steps_R, sweeps = np.zeros(len(rows), dtype=np.int64), []
