@@ -18,6 +18,7 @@ from latent_tts.checkpoint.files import load_tokenizer
 from latent_tts.pipeline import models
 from latent_tts.results.run_folder import read_metrics
 from latent_tts.scorer.latent_rm import LatentRM
+from latent_tts.text.answer import AnswerRule
 from latent_tts.types import Computation, RolloutArrays
 
 SHIPPED = Path(str(files("latent_tts"))) / "weights"
