@@ -19,6 +19,7 @@ from latent_tts.config.reference import (
     chosen_options,
     conf_dirs,
     nested_groups,
+    option_keys,
     option_names,
     options_of,
     read_command,
@@ -211,16 +212,11 @@ def key_help(name: str, commands: Iterable[str], places: Sequence[Path], width: 
     Raises:
         UsageError: there is none, and no command or group of that name.
     """
-    every: list[tuple[Key, str]] = []
-    for command in commands:
-        every += [(key, f"ltts {command}") for key in read_command(command.replace("-", "_")).keys]
-    for group in GROUPS:
-        options = [read_option(group, option, places) for option in option_names(group, places)]
-        # an experiment sets keys of others
-        every += [(key, f"{group}={option.name}") for option in options for key in option.keys if group != "experiment"]
+    own = [(key, f"ltts {command}") for command in commands for key in read_command(command.replace("-", "_")).keys]
+    every = [*own, *option_keys(GROUPS, places)]
     owners: dict[tuple[str, str], list[str]] = {}
     for key, owner in every:
-        if key.name == name or key.name.endswith(f".{name}"):
+        if key.is_called(name):
             owners.setdefault(_key_row(key), []).append(owner)
     if not owners:
         known = [*commands, *GROUPS]

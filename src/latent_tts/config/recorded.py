@@ -7,7 +7,6 @@ are compared as text before anything is imported.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -20,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from latent_tts.aggregator import Aggregator
 from latent_tts.config.build import build, compose
+from latent_tts.config.meant import escaped
 from latent_tts.config.reference import TARGET, conf_dir
 from latent_tts.errors import UsageError
 from latent_tts.pipeline import sweep
@@ -102,7 +102,7 @@ def finish_sweep(folder: Path, jobs: Sequence[sweep.SweepJob], configs: Sequence
 def literal(value: Any) -> Any:
     """A JSON value in which OmegaConf finds no interpolation."""
     if isinstance(value, str):
-        return re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + r"\${", value)
+        return escaped(value)
     if isinstance(value, Mapping):
         return {key: literal(part) for key, part in value.items()}
     return [literal(part) for part in value] if isinstance(value, list) else value
