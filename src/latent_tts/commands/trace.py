@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from latent_tts.config.build import given_values, is_given, output_dir
-from latent_tts.config.recorded import recorded, recorded_run
+from latent_tts.config.recorded import recorded_run
 from latent_tts.config.requests import beside_option, changed_settings, run_request, with_texts
 from latent_tts.errors import UsageError, require
 from latent_tts.pipeline import rescoring
@@ -103,9 +103,7 @@ def merged_config(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
     for key, value in given_values().items():
         allowed = f"run={cfg.run} has its own; with run, only these keys can be given: {', '.join(OWN_KEYS)}"
         require(key, value, key in OWN_KEYS or key.startswith("hydra"), allowed)
-    merged = recorded_run(record, ("model", "task", "sampler", "schedule", "search", "scorer", "budget"), cfg)
-    merged.aggregator = {name: recorded("aggregator", node, cfg) for name, node in record["aggregators"].items()}
-    merged.cache, merged.engine.device, merged.engine.rows = "on", cfg.engine.device, cfg.engine.rows
+    merged = recorded_run(record, cfg)
     if is_given("paths.cache"):
         merged.paths.cache = cfg.paths.cache
     return merged
