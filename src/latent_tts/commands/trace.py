@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from latent_tts.config.build import given_values, is_given, output_dir
+from latent_tts.config.meant import is_path
 from latent_tts.config.recorded import recorded_run
 from latent_tts.config.requests import beside_option, changed_settings, run_request, with_texts
 from latent_tts.errors import UsageError, require
@@ -50,7 +51,7 @@ def main(cfg: DictConfig) -> None:
     if source is None:
         for text in map(str, cfg.question):
             why = f"is a run's folder; ltts trace run={text} shows its first question, ltts trace ID run={text} one"
-            require("question", text, not is_run(text), why)
+            require("question", text, not (is_path(text) and is_complete(Path(text).expanduser())), why)
         request = with_texts(request, list(cfg.question))
         if isinstance(request.task, Asked) and not request.task.texts:
             raise UsageError('no question; ltts trace "QUESTION", ltts trace ID run=FOLDER, or ltts trace --example')
@@ -84,14 +85,6 @@ def main(cfg: DictConfig) -> None:
     print(folder / PAGE)
     if done is not None and done.verification is not None:
         done.verification.check()
-
-
-def is_run(text: str) -> bool:
-    """Whether a text is the folder of a completed run."""
-    try:
-        return is_complete(Path(text).expanduser())
-    except (OSError, RuntimeError, ValueError):  # too long, no home, a null character
-        return False
 
 
 def merged_config(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:

@@ -35,6 +35,14 @@ OTHER_NAMES = {  # what other programs call a key: the first of these that a com
 }  # fmt: skip
 
 
+def is_path(text: str) -> bool:
+    """Whether a text names a file or folder."""
+    try:
+        return Path(text).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # too long, no home, a null character
+        return False
+
+
 def is_override(command: str, argument: str) -> bool:
     """Whether an argument with `=` sets a key of a command: `runs/epoch=6.ckpt` and `x=3+4, what is x?` set none."""
     key, _, value = argument.partition("=")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from latent_tts.engine.cost import Shape
-from latent_tts.errors import check_fields, check_seed, require
+from latent_tts.errors import SEED, check_fields, require
 from latent_tts.pipeline.code import DRAWING, code_digests
 from latent_tts.pipeline.keys import own_fields
 from latent_tts.pipeline.spec import DrawingRequest, check_sampler, refuse_early_exit, require_steps, settle_schedule
@@ -55,11 +55,10 @@ class AnnotationSpec(DrawingRequest):
         """
         adapter, sampler = self.adapter, self.sampler
         require("n", self.n, 2 <= self.n < MAX_LABELLED, f"must be 2 or more, less than {MAX_LABELLED}")
-        check_seed(self.seed)
         self.executor.check(self.engine.device)
         allowed = f"must be 1 or more, less than {MAX_LABELLED}"
         require("completions", self.completions, 1 <= self.completions < MAX_LABELLED, allowed)
-        check_fields("", self, keep=KEEP)
+        check_fields("", self, keep=KEEP, seed=SEED)
         allowed = "must be one whose latents differ: gaussian, or dropout in prompt or thoughts"
         require("sampler", sampler.name, bool(sampler.random_latents), allowed)
         adapter.check()
