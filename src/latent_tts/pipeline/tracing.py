@@ -110,7 +110,6 @@ def recompute(spec: RunSpec) -> tuple[Engine, Float32, Int64, Int64]:
     jobs = jobs_of(spec, wanted)
     refuse_graphs(spec.engine, "the host reads what each sweep did")
     drawer = Drawer(DrawingWork(spec, max(len(job.prompt) for job in jobs), False, known_to_fit(spec.cache)))
-    drawer.engine.keeps_timeline = True
     latents_RTD = np.zeros((len(rows), spec.adapter.latents, drawer.engine.width), dtype=np.float32)
     steps_R, sweeps = np.zeros(len(rows), dtype=np.int64), []
     for batch in drawer.batches(jobs):
