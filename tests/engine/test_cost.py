@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from latent_tts.checkpoint.files import check_shapes, check_sizes, sizes
-from latent_tts.engine.cost import BatchCost, PassCost, Rates, RolloutCost, Shape
+from latent_tts.engine.cost import PassCost, Rates, RolloutCost, Shape, batch_costs
 from latent_tts.engine.rollout import Engine, RolloutPlan
 from latent_tts.model.coconut import Coconut
 from latent_tts.model.codi import Codi
@@ -187,7 +187,7 @@ def test_a_batch_needs_what_its_passes_need(data, own, forced, stop):
     own_prompt, own_last = own == "prompt", int(own == "last")
     passes = RolloutCost(SHAPE, 4, forced, own_prompt, bool(own_last), repeated, stop)
     answers = None if answers_R is None else np.array(answers_R)
-    batch = BatchCost(passes, item, np.array(prompts_Q), np.array(steps_R), answers)
+    batch = batch_costs(passes, item, np.array(prompts_Q), np.array(steps_R), answers)
     blocks, head = SHAPE.layers * SHAPE.block_weights * item, SHAPE.width * SHAPE.vocabulary * item
     one = SHAPE.cache_bytes(1, item)
     prompts_R = [prompt for prompt in prompts_Q for _ in range(rollouts)]
@@ -213,11 +213,11 @@ def test_a_batch_needs_what_its_passes_need(data, own, forced, stop):
         suffixes = sum(own_last + steps_R[row] + forced + written for row in going)
         answers += blocks + head + one * (prefixes(going) + suffixes)
     prefill = blocks + one * prefixes(everything)
-    assert [work.bytes for work in batch.parts()] == pytest.approx([prefill, thoughts, answers])
+    assert [work.bytes for work in batch] == pytest.approx([prefill, thoughts, answers])
 
     once = sum(map(passes.shared_flops, prompts_Q))
     each = sum(passes.rollout_flops(*row) for row in zip(prompts_R, steps_R, answers_R, strict=True))
-    assert sum(work.flops for work in batch.parts()) == pytest.approx(once + each)
+    assert sum(work.flops for work in batch) == pytest.approx(once + each)
 
 
 SAMPLERS = [Gaussian(0.1, False), Dropout(0.3, "ffn", ["thoughts"], "fresh"), Dropout(0.3, "ffn", ["prompt"], "fresh")]
@@ -234,7 +234,7 @@ def test_the_engine_does_the_operations_of_its_batch(sampler):
         engine.roll(prompts, draw, sampler)
     # the token limit, not an eos, ends these answers: the last token is chosen and not run
     passes = RolloutCost.of(shape, latents, 1, sampler.random_phases, (), looks_for_stop=False)
-    least = BatchCost(passes, 4, np.full(2, 5), np.full(6, latents), np.full(6, answer - 1)).parts()
+    least = batch_costs(passes, 4, np.full(2, 5), np.full(6, latents), np.full(6, answer - 1))
     alone = len(prompts[0]) - bool(sampler.random_phases)  # tokens that run without the rollouts, or without the last
     copies = 6 if passes.own_prompt else 2
     masked_in_prefill = copies * shape.layers * 4 * shape.attention * alone * (alone - 1) / 2

@@ -26,22 +26,18 @@ def by_pairs(latents_NTD):
     counts=st.lists(st.integers(1, 4), min_size=1, max_size=4),
     questions=st.integers(1, 3),
     steps=st.integers(0, 3),
-    memory=st.sampled_from([1, 300, 1 << 26]),
     seed=st.integers(0, 99),
 )
-def test_batches_of_any_size_give_what_a_double_loop_gives(counts, questions, steps, memory, seed):
+def test_batches_of_any_size_give_what_a_double_loop_gives(counts, questions, steps, seed):
     latents_QNTD = np.random.default_rng(seed).normal(size=(questions, sum(counts), steps, 5)).astype(np.float32)
     latents_QNTD[0, 0] = 0
     sums, start, found = DirectionSums(), 0, []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diversity, "MAX_WORKING_BYTES", memory)
-        for count in counts:
-            batch = torch.from_numpy(latents_QNTD[:, start : start + count]).flatten(0, 1)
-            found.append(
-                sums.add(list("abc"[:questions]), batch, first=[start] * questions).unflatten(0, (questions, count))
-            )
-            start += count
-            assert sums.counted("a") == start
+    for count in counts:
+        batch = torch.from_numpy(latents_QNTD[:, start : start + count]).flatten(0, 1)
+        summed_RT = sums.add(list("abc"[:questions]), batch, first=[start] * questions)
+        found.append(summed_RT.unflatten(0, (questions, count)))
+        start += count
+        assert sums.counted("a") == start
     expected = np.stack([by_pairs(latents) for latents in latents_QNTD])
     np.testing.assert_allclose(torch.cat(found, 1).numpy(), expected, rtol=1e-6, atol=1e-6)
 

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from latent_tts.engine import attention, head, prompts
 from latent_tts.engine.graph_scoring import FixedScores, StepScores
 from latent_tts.engine.graphs import FirstToken, FixedRollouts, Latents, Move, NextToken, Passes
-from latent_tts.engine.recording import FixedTensors, Prompts
+from latent_tts.engine.recording import Bucket, Prompts
 from latent_tts.engine.rollout import Engine
 from latent_tts.engine.scoring import LatentScorer
 from latent_tts.engine.sites import SiteHooks
@@ -34,6 +34,7 @@ from latent_tts.sampler import Sampler
 from latent_tts.types import Reasoner, RewardModel
 
 QUESTIONS, ROLLOUTS, LENGTH = 4, 4, 16
+NOT_USED: Any = None  # a recorder
 OTHERS = [case for case in product(["llama_tied"], SAMPLERS, PLANS) if case not in FEW]
 
 
@@ -116,7 +117,7 @@ def passes_of(rollouts: FixedRollouts, sampler: Sampler) -> list[Passes]:
     return found
 
 
-def check_passes(fixed: FixedTensors[Any], found: Sequence[object]) -> None:
+def check_passes(fixed: Bucket[Any, Any], found: Sequence[object]) -> None:
     for passes in found:
         fixed.run(passes)  # what is made once is made
         with FromTheHost() as host, pytest.MonkeyPatch.context() as patch:
@@ -135,9 +136,7 @@ def check(family: str, sampler: Sampler, settings: dict[str, Any]) -> None:
     numbers_QN = torch.arange(ROLLOUTS, device="meta").repeat(QUESTIONS, 1)
     with torch.inference_mode(), SiteHooks(lm, sampler) as hooks:
         draw = Draw.of(0, list("abcd"), numbers_QN, tiny.WIDTH, engine.blocks)
-        if sampler.needs_donor:
-            draw.donor_RTD = torch.zeros(numbers_QN.numel(), engine.plan.latents, tiny.WIDTH, device="meta").bfloat16()
-        rollouts = FixedRollouts(engine, hooks, draw, QUESTIONS, LENGTH)
+        rollouts = FixedRollouts(engine, hooks, draw, QUESTIONS, LENGTH, NOT_USED)
         rollouts.load(tiny.prompts([9, 3, 1, 5]), draw, hooks)
         check_passes(rollouts, passes_of(rollouts, sampler))
 
@@ -150,15 +149,13 @@ def test_recorded_passes_neither_wait_nor_copy(monkeypatch, family, sampler, pla
     check(family, SAMPLERS[sampler], PLANS[plan])
 
 
-@pytest.mark.parametrize("shifted", [False, True])
-def test_neither_do_those_of_a_scorer(shifted):
+def test_neither_do_those_of_a_scorer():
     model = tiny.reward_model("gpt2")
     scorer = LatentScorer(RewardModel(model.backbone.bfloat16().to("meta"), lambda hidden: hidden[..., 0].float()))
     latents_RTD = torch.zeros(QUESTIONS * ROLLOUTS, 3, tiny.WIDTH, device="meta")
-    offset_Q = torch.zeros(QUESTIONS, dtype=torch.long) if shifted else None
     with torch.inference_mode():
-        scores = FixedScores(scorer, QUESTIONS, LENGTH, latents_RTD, shifted=shifted)
-        scores.load(tiny.prompts([9, 3, 1, 5]), latents_RTD, offset_Q)
+        scores = FixedScores(scorer, QUESTIONS, LENGTH, latents_RTD, NOT_USED)
+        scores.load(tiny.prompts([9, 3, 1, 5]), latents_RTD)
         check_passes(scores, [Prompts(), StepScores()])
 
 

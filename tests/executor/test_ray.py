@@ -147,13 +147,14 @@ class FakeRay:
 
 class FakeActor:
     def __init__(self, number):
-        self.call = SimpleNamespace(remote=lambda _id, _content, _method, shard=None: (number, shard))
+        call = SimpleNamespace(remote=lambda _id, _content, _method, shard=None: (number, shard))
+        self.call = SimpleNamespace(options=lambda max_task_retries: call)
 
 
 def test_a_lost_workers_shard_goes_to_another_and_without_workers_one_line_says_why(monkeypatch, caplog):
     fake = FakeRay({1})
     monkeypatch.setattr("latent_tts.executor.ray._ray", lambda: fake)
-    pool = RayPool(dict.fromkeys([FakeActor(0), FakeActor(1)]), "work", retries=0)
+    pool = RayPool(dict.fromkeys([FakeActor(0), FakeActor(1)], True), "work", retries=0)
     units = [Unit(number, 1.0, 1) for number in range(20)]
     timeline = []
     results = [part for _, part in results_of(pool, ShardQueue(units, 2, 1), tuple, timeline)]
@@ -172,7 +173,7 @@ def test_what_several_workers_warn_of_is_said_once(monkeypatch, caplog):
     fake = FakeRay(set())
     fake.warnings = [("latent_tts", 30, "batches are halved")]
     monkeypatch.setattr("latent_tts.executor.ray._ray", lambda: fake)
-    pool = RayPool(dict.fromkeys([FakeActor(0), FakeActor(1)]), "work", retries=0)
+    pool = RayPool(dict.fromkeys([FakeActor(0), FakeActor(1)], True), "work", retries=0)
     for worker in pool.workers:
         pool.submit(worker, None)
         pool.next_finished()

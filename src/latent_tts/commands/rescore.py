@@ -29,7 +29,7 @@ def main(cfg: DictConfig) -> None:
     """Score the rollouts of `cfg.run` and write a run folder of their own for them.
 
     Raises:
-        UsageError: no complete run there, its latents were not kept, or there is no scorer.
+        UsageError: no complete run there, the cache lacks its rollouts, or there is no scorer.
         RunError: a failure while scoring; what was scored stays in the cache.
     """
     started = time.perf_counter()
@@ -49,7 +49,7 @@ def main(cfg: DictConfig) -> None:
     kept = {key: value for key, value in record["settings"].items() if not key.startswith(SCORING_KEYS)}
     settings = kept | {key: value for key, value in own.items() if key.startswith(SCORING_KEYS)}
     with locked_folder(folder, "hydra.run.dir"), replacing_run(folder):
-        rollouts = rescoring.rescore_rollouts(spec, source, record)
+        rollouts = rescoring.rescore_rollouts(spec, source)
         tables = make_tables(spec, rollouts, settings)
         assert rollouts.scores is not None
         write_scores(folder, tables.rollouts, rollouts.scores.step_scores())

@@ -227,65 +227,44 @@ class RolloutCost:
         return own + made + repeated + checking + shape.head_flops(self.stop_checks(steps))
 
 
-@dataclass(frozen=True)
-class BatchCost:
-    """The cost of rollouts that are drawn together, N of each of Q questions, question-major: R = Q*N rows.
+def batch_costs(
+    passes: RolloutCost, item: int, prompts_Q: Int64, steps_R: Int64, answers_R: Int64 | None
+) -> list[PassCost]:
+    """The costs of prefill, thoughts and answers of rollouts that are drawn together.
 
-    Attributes:
+    In each, every pass reads the weights once for all rows. A pass reads a prompt's keys and values once per question
+    (once per row if each row has its own), and those of the suffix once per row. Activations, embeddings and logits are
+    left out: they can stay in a cache.
+
+    Args:
         passes: the passes of each rollout.
         item: bytes per number.
-        prompts_Q: L of each question.
-        steps_R: latents of each row.
+        prompts_Q: L of each of Q questions.
+        steps_R: latents of each of R = Q*N rows, question-major.
         answers_R: answer tokens of each row without the final eos, which is chosen too; None: no answer is decoded.
     """
+    shape, own, own_prompt = passes.shape, passes.own_last, passes.own_prompt
+    rollouts, per_token = len(steps_R) // len(prompts_Q), shape.cache_bytes(1, item)
+    prompts_R = prompts_Q.repeat(rollouts)
+    prefill = shape.prefill_cost((prompts_Q - own).tolist(), rollouts if own_prompt else 1, item)
 
-    passes: RolloutCost
-    item: int
-    prompts_Q: Int64
-    steps_R: Int64
-    answers_R: Int64 | None
+    thinking_R = passes.thinking_flops(prompts_R, steps_R)
+    fed_R = np.maximum(steps_R - 1, 0) + own
+    suffixes = (fed_R * (fed_R + 1) / 2).sum()
+    suffixes += len(fed_R) * sum(before + tokens + own for tokens, before in passes.repeated)
+    prefix = ((prompts_R if own_prompt else prompts_Q) - own).sum()  # as one pass reads it
+    read = (int(fed_R.max()) + len(passes.repeated)) * (shape.block_bytes(item) + per_token * float(prefix))
+    heads = int(passes.stop_checks(steps_R).max()) * shape.head_bytes(item)
+    flops_R = thinking_R - own_prompt * shape.pass_flops(prompts_R)
+    thoughts = PassCost(float(flops_R.sum()), read + per_token * float(suffixes) + heads)
+    if answers_R is None:
+        return [prefill, thoughts]
 
-    def parts(self) -> list[PassCost]:
-        """Prefill, thoughts and answers. In each, every pass reads the weights once for all rows.
-
-        A pass reads a prompt's keys and values once per question (once per row if each row has its own), and those of
-        the suffix once per row. Activations, embeddings and logits are left out: they can stay in a cache.
-        """
-        shape, own_prompt = self.passes.shape, self.passes.own_prompt
-        shared_Q = (self.prompts_Q - self.passes.own_last).tolist()
-        parts = [shape.prefill_cost(shared_Q, self._rollouts if own_prompt else 1, self.item), self._thoughts()]
-        return parts if self.answers_R is None else [*parts, self._answers(self.answers_R)]
-
-    @property
-    def _rollouts(self) -> int:
-        return len(self.steps_R) // len(self.prompts_Q)
-
-    def _read(self, tokens: float) -> float:
-        return self.passes.shape.cache_bytes(1, self.item) * float(tokens)
-
-    def _thoughts(self) -> PassCost:
-        passes, shape, own = self.passes, self.passes.shape, self.passes.own_last
-        prompts_R = self.prompts_Q.repeat(self._rollouts)
-        flops_R = passes.thinking_flops(prompts_R, self.steps_R) - passes.own_prompt * shape.pass_flops(prompts_R)
-        fed_R = np.maximum(self.steps_R - 1, 0) + own
-        suffixes = (fed_R * (fed_R + 1) / 2).sum()
-        suffixes += len(fed_R) * sum(before + tokens + own for tokens, before in passes.repeated)
-        prompts = prompts_R if passes.own_prompt else self.prompts_Q
-        prefix = self._read((prompts - own).sum())  # as one pass reads it
-        read = (int(fed_R.max()) + len(passes.repeated)) * (shape.block_bytes(self.item) + prefix)
-        heads = int(passes.stop_checks(self.steps_R).max()) * shape.head_bytes(self.item)
-        return PassCost(float(flops_R.sum()), read + self._read(suffixes) + heads)
-
-    def _answers(self, answers_R: Int64) -> PassCost:
-        passes, shape, own = self.passes, self.passes.shape, self.passes.own_last
-        prompts_R = self.prompts_Q.repeat(self._rollouts)
-        flops_R = passes.rollout_flops(prompts_R, self.steps_R, answers_R)
-        flops_R -= passes.thinking_flops(prompts_R, self.steps_R)
-        first_R = own + self.steps_R + passes.forced
-        suffixes = ((2 * first_R + answers_R) * (answers_R + 1) / 2).sum()
-        if passes.own_prompt:
-            prefixes = ((answers_R + 1) * prompts_R).sum()
-        else:  # read until the last of its rollouts ends
-            prefixes = ((answers_R.reshape(-1, self._rollouts).max(1) + 1) * (self.prompts_Q - own)).sum()
-        weights = (int(answers_R.max()) + 1) * shape.weight_bytes(self.item)
-        return PassCost(float(flops_R.sum()), weights + self._read(prefixes + suffixes))
+    first_R = own + steps_R + passes.forced
+    suffixes = ((2 * first_R + answers_R) * (answers_R + 1) / 2).sum()
+    prefixes = ((answers_R + 1) * prompts_R).sum()
+    if not own_prompt:  # read until the last of its rollouts ends
+        prefixes = ((answers_R.reshape(-1, rollouts).max(1) + 1) * (prompts_Q - own)).sum()
+    weights = (int(answers_R.max()) + 1) * shape.weight_bytes(item)
+    flops_R = passes.rollout_flops(prompts_R, steps_R, answers_R) - thinking_R
+    return [prefill, thoughts, PassCost(float(flops_R.sum()), weights + per_token * float(prefixes + suffixes))]

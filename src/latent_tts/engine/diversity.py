@@ -7,7 +7,6 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-MAX_WORKING_BYTES = 1 << 26  # of directions in float64
 MAX_KEPT_BYTES = 1 << 26  # of sums; the oldest go first
 
 
@@ -57,28 +56,18 @@ class DirectionSums:
         counted = [self.counted(key) for key in keys]
         if counted != first or len(set(keys)) < len(keys):
             raise ValueError(f"the sums hold {counted} rollouts, and those before {first} are needed")
-        latents_QNTD = latents_RTD.unflatten(0, (len(keys), -1))
-        questions, rollouts, steps, width = latents_QNTD.shape
-        summed_QNT = torch.zeros(questions, rollouts, steps, dtype=torch.float32)
-        nothing_TD = torch.zeros(steps, width, dtype=torch.float64, device=latents_RTD.device)
-        rows = max(1, MAX_WORKING_BYTES // max(8 * steps * width, 1))
-        for part in _slices(questions, max(1, rows // rollouts)):
-            known = [self._sums.get(key, (0, nothing_TD)) for key in keys[part]]
-            sums_QTD = torch.stack([sums_TD.to(nothing_TD.device) for _, sums_TD in known])
-            counts_Q = torch.tensor([count for count, _ in known], dtype=torch.float64)
-            for piece in _slices(rollouts, rows):
-                units_QNTD = torch.nn.functional.normalize(latents_QNTD[part, piece].double(), dim=-1, eps=1e-300)
-                before_QNTD = units_QNTD.cumsum(1) - units_QNTD + sums_QTD[:, None]
-                cosines_QNT = (units_QNTD * before_QNTD).sum(-1).cpu()
-                others_QN = counts_Q[:, None] + torch.arange(rollouts, dtype=torch.float64)[piece]
-                summed_QNT[part, piece] = (others_QN[..., None] - cosines_QNT).float()
-                sums_QTD = sums_QTD + units_QNTD.sum(1)
-            for key, sums_TD in zip(keys[part], sums_QTD, strict=True):
-                count = self.counted(key) + rollouts
-                self.forget(key)
-                self._sums[key] = count, sums_TD.clone()
+        nothing_TD = torch.zeros(latents_RTD.shape[1:], dtype=torch.float64, device=latents_RTD.device)
+        known = [self._sums.pop(key, (0, nothing_TD))[1].to(latents_RTD.device) for key in keys]
+        units_RTD = torch.nn.functional.normalize(latents_RTD.double(), dim=-1, eps=1e-300)
+        units_QNTD, sums_QTD = units_RTD.unflatten(0, (len(keys), -1)), torch.stack(known)
+        before_QNTD = units_QNTD.cumsum(1) - units_QNTD + sums_QTD[:, None]
+        cosines_QNT = (units_QNTD * before_QNTD).sum(-1).cpu()
+        rollouts = units_QNTD.shape[1]
+        for key, count, sums_TD in zip(keys, counted, sums_QTD + units_QNTD.sum(1), strict=True):
+            self._sums[key] = count + rollouts, sums_TD.clone()
         self._drop_oldest(kept)
-        return summed_QNT.flatten(0, 1)
+        others_QN = torch.tensor(counted, dtype=torch.float64)[:, None] + torch.arange(rollouts)
+        return (others_QN[..., None] - cosines_QNT).float().flatten(0, 1)
 
     def _drop_oldest(self, kept: Collection[str] = ()) -> None:
         held = sum(sums_TD.nbytes for _, sums_TD in self._sums.values())
@@ -87,7 +76,3 @@ class DirectionSums:
                 return
             held -= self._sums[key][1].nbytes
             self.forget(key)
-
-
-def _slices(count: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]

@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias, cast
+from typing import TypeAlias
 from weakref import proxy
 
 import torch
 from torch import Tensor
 
 from latent_tts.engine.prompts import pad_prompts
-from latent_tts.engine.recording import MIN_LENGTH, PROMPT_TOKENS, Bucket, Prompts, Recordings, power_of_two
+from latent_tts.engine.recording import (
+    MIN_LENGTH,
+    PROMPT_TOKENS,
+    Bucket,
+    CudaRecorder,
+    Prompts,
+    Recordings,
+    power_of_two,
+)
 from latent_tts.engine.scoring import LatentScorer
 from latent_tts.engine.state import FixedState
 from latent_tts.types import RewardModel
@@ -24,14 +32,18 @@ class StepScores:
 
 
 ScorePasses: TypeAlias = Prompts | StepScores
-ScoreBucket: TypeAlias = Bucket[ScorePasses, Tensor]
 
 
-class FixedScores:
+class FixedScores(Bucket[ScorePasses, Tensor]):
     """The scores of R rows in tensors that stay where they are, for one batch after another."""
 
     def __init__(
-        self, scorer: LatentScorer, questions: int, length: int, latents_RTD: Tensor, *, shifted: bool
+        self,
+        scorer: LatentScorer,
+        questions: int,
+        length: int,
+        latents_RTD: Tensor,
+        recorder: CudaRecorder,
     ) -> None:
         """Make the tensors.
 
@@ -40,40 +52,34 @@ class FixedScores:
             questions: Q.
             length: most tokens of a prompt.
             latents_RTD: of a batch, as an example.
-            shifted: whether positions are.
+            recorder: for these tensors alone.
         """
+        super().__init__(recorder, scorer.backbone.dtype)
         self._scorer, device = scorer, scorer.device
         rows, steps, width = latents_RTD.shape
         self._ids_QL = torch.zeros(questions, length, dtype=torch.long, device=device)
         self._lengths_Q = self._ids_QL[:, 0].clone()
-        self._offset_Q = self._lengths_Q.clone() if shifted else None
         self._latents_RTD = torch.zeros(rows, steps, width, dtype=scorer.backbone.dtype, device=device)
         precise = torch.promote_types(scorer.backbone.dtype, torch.float32)
         self._scores_RT = torch.zeros(rows, steps, dtype=precise, device=device)
-        self._state = FixedState(
-            scorer.backbone, rows // questions, steps, questions=questions, length=length,
-            position_offset_Q=self._offset_Q,
-        )  # fmt: skip
+        self._state = FixedState(scorer.backbone, rows // questions, steps, questions=questions, length=length)
         self._records_prompts = questions * length <= PROMPT_TOKENS
 
     def tensors(self) -> list[Tensor]:
-        """All that differs between batches or between the passes of a batch."""
-        own = [self._ids_QL, self._lengths_Q, self._latents_RTD, self._scores_RT]
-        return [*own, *([] if self._offset_Q is None else [self._offset_Q]), *self._state.tensors()]
+        """See `Bucket`."""
+        return [self._ids_QL, self._lengths_Q, self._latents_RTD, self._scores_RT, *self._state.tensors()]
 
-    def load(self, prompts: list[list[int]], latents_RTD: Tensor, position_offset_Q: Tensor | None) -> None:
+    def load(self, prompts: list[list[int]], latents_RTD: Tensor) -> None:
         """Begin another batch of the same sizes."""
         ids_QL, lengths_Q = pad_prompts(prompts, torch.device("cpu"))
         self._ids_QL[:, : ids_QL.shape[1]] = ids_QL
         self._lengths_Q.copy_(lengths_Q)
         self._latents_RTD.copy_(latents_RTD)
-        if self._offset_Q is not None:
-            self._offset_Q.copy_(cast(Tensor, position_offset_Q))
         if not self._records_prompts:
             self._run_prompts(ids_QL.shape[1])
 
     def run(self, passes: ScorePasses) -> None:
-        """Run some passes, as they are recorded."""
+        """See `Bucket`."""
         if isinstance(passes, Prompts):
             self._run_prompts(self._ids_QL.shape[1])
         else:
@@ -85,8 +91,13 @@ class FixedScores:
         embed = self._scorer.backbone.get_input_embeddings()
         self._state.prefill(embed(self._ids_QL[:, :length]), self._lengths_Q)
 
-    def rewind(self) -> None:
-        """See `FixedTensors`: there is always room."""
+    def agreement(self, found: Tensor, wanted: Tensor, roundings: float) -> float:
+        """Share of rows whose mean difference is at most some roundings of the mean score of all rows.
+
+        Roundings are of the model's dtype, or of float32, if it is wider.
+        """
+        limit = roundings * max(torch.finfo(each).eps for each in (self._dtype, torch.float32))
+        return float(((found - wanted).abs().mean(1) <= limit * wanted.abs().mean()).double().mean())
 
     def walk(self, run: Callable[[ScorePasses], None]) -> Tensor:
         """Run all passes of the batch; returns its scores."""
@@ -120,31 +131,15 @@ class GraphScorer(LatentScorer):
         def usual() -> Tensor:
             return LatentScorer._score(self, prompts, latents_RTD, position_offset_Q)
 
-        if not self._usable:
+        if not self._usable or position_offset_Q is not None:
             return usual()
-        length, shifted = power_of_two(max(map(len, prompts)), MIN_LENGTH), position_offset_Q is not None
+        length = power_of_two(max(map(len, prompts)), MIN_LENGTH)
 
-        def fixed(bucket: ScoreBucket | None) -> tuple[ScoreBucket, Tensor]:
-            if bucket is None:
-                made = FixedScores(proxy(self), len(prompts), length, latents_RTD, shifted=shifted)
-                agree = partial(agreement, dtype=self.backbone.dtype)
-                bucket = Bucket(made, self._recordings.new_recorder(), agree, self.backbone.dtype)
-            scores = cast(FixedScores, bucket.fixed)
-            return bucket, bucket.compute(lambda: scores.load(prompts, latents_RTD, position_offset_Q), scores.walk)
+        def fixed(known: FixedScores | None) -> tuple[FixedScores, Tensor]:
+            bucket = known or FixedScores(
+                proxy(self), len(prompts), length, latents_RTD, self._recordings.new_recorder()
+            )
+            return bucket, bucket.record_or_replay(partial(bucket.load, prompts, latents_RTD), bucket.walk)
 
-        key = "scores", len(prompts), *latents_RTD.shape[:2], length, shifted
+        key = "scores", len(prompts), *latents_RTD.shape[:2], length
         return self._recordings.compute(key, usual, fixed)
-
-
-def agreement(found_RT: Tensor, wanted_RT: Tensor, roundings: float, *, dtype: torch.dtype) -> float:
-    """Share of rows whose mean difference is at most some roundings of the mean score of all rows.
-
-    Args:
-        found_RT: scores of some rows.
-        wanted_RT: the same, computed otherwise.
-        roundings: of the dtype, or of float32, if it is wider.
-        dtype: of the model.
-    """
-    limit = roundings * max(torch.finfo(each).eps for each in (dtype, torch.float32))
-    differences_R = (found_RT - wanted_RT).abs().mean(1)
-    return float((differences_R <= limit * wanted_RT.abs().mean()).double().mean())

@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,22 +36,8 @@ MIN_LENGTH = 16  # of prompts, and slots that a pass looks at: both grow by powe
 
 Replay: TypeAlias = Callable[[], object]
 Pass = TypeVar("Pass", bound=Hashable)
-Runnable = TypeVar("Runnable", contravariant=True)
+Kept = TypeVar("Kept", bound="Bucket[Any, Any]")
 Found = TypeVar("Found")
-Agreement: TypeAlias = Callable[[Found, Found, float], float]  # of what is found and what is wanted, see `Bucket`
-
-
-class Recorder(Protocol):
-    """Records passes of one bucket."""
-
-    def record(self, run: Callable[[], None], tensors: list[Tensor]) -> Replay:
-        """Record a function that reads and writes tensors in place; returns what runs it again.
-
-        Args:
-            run: it was run before.
-            tensors: what differs between its runs.
-        """
-        ...
 
 
 class CudaRecorder:
@@ -61,7 +47,12 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, run: Callable[[], None], tensors: list[Tensor]) -> Replay:
-        """See `Recorder`."""
+        """Record a function that reads and writes tensors in place; returns what runs it again.
+
+        Args:
+            run: it was run before.
+            tensors: what differs between its runs.
+        """
         device, graph = tensors[0].device, torch.cuda.CUDAGraph()
         failed: Exception | None = None
         try:
@@ -108,51 +99,46 @@ class Prompts:
     """The pass over the prompts."""
 
 
-class FixedTensors(Protocol[Runnable]):
-    """Tensors that stay where they are, and the passes that read and write them."""
-
-    def tensors(self) -> list[Tensor]:
-        """All that differs between batches or between the passes of a batch."""
-        ...
-
-    def run(self, passes: Runnable, /) -> None:
-        """Run some passes, as they are recorded."""
-        ...
-
-    def rewind(self) -> None:
-        """Go back to where every pass has room, though what it computes there is of no use."""
-        ...
-
-
 class Bucket(Generic[Pass, Found]):
-    """Batches of the same sizes: their tensors, what is recorded, and whether it is trusted.
+    """Batches of the same sizes: tensors that stay where they are, the passes over them, and what is recorded of these.
 
     Attributes:
-        fixed: the tensors.
+        trusted: passes whose replay was compared with the passes themselves.
     """
 
-    def __init__(
-        self, fixed: FixedTensors[Pass], recorder: Recorder, agreement: Agreement[Found], dtype: torch.dtype
-    ) -> None:
+    def __init__(self, recorder: CudaRecorder, dtype: torch.dtype) -> None:
         """Record nothing yet.
 
         Args:
-            fixed: see above.
             recorder: for this bucket alone.
-            agreement: the share of rollouts that agree within some roundings.
             dtype: of the model.
         """
-        self.fixed, self._recorder, self._agreement, self._dtype = fixed, recorder, agreement, dtype
+        self._recorder, self._dtype = recorder, dtype
         self._replays: dict[Pass, Replay] = {}
-        self.trusted: set[Pass] = set()  # those whose replay was compared with the passes themselves
+        self.trusted: set[Pass] = set()
         self._pool_bytes = 0
+
+    def tensors(self) -> list[Tensor]:
+        """All that differs between batches or between the passes of a batch."""
+        raise NotImplementedError
+
+    def run(self, passes: Pass) -> None:
+        """Run some passes, as they are recorded."""
+        raise NotImplementedError
+
+    def restore(self) -> None:
+        """Go back to where every pass has room, though what it computes there is of no use."""
+
+    def agreement(self, found: Found, wanted: Found, roundings: float) -> float:
+        """The share of rollouts of a batch, computed in two ways, that agree within some roundings."""
+        raise NotImplementedError
 
     @property
     def bytes(self) -> int:
         """Memory that it holds on its device."""
-        return self._pool_bytes + sum(tensor.nbytes for tensor in self.fixed.tensors())
+        return self._pool_bytes + sum(tensor.nbytes for tensor in self.tensors())
 
-    def compute(self, load: Callable[[], None], walk: Callable[[Callable[[Pass], None]], Found]) -> Found:
+    def record_or_replay(self, load: Callable[[], None], walk: Callable[[Callable[[Pass], None]], Found]) -> Found:
         """What a batch gives; its passes are recorded, compared or replayed.
 
         Args:
@@ -169,15 +155,15 @@ class Bucket(Generic[Pass, Found]):
                 self._replays[passes]()
             else:
                 met[passes] = None
-                self.fixed.run(passes)
+                self.run(passes)
 
         def replay(passes: Pass) -> None:
-            self._replays.get(passes, partial(self.fixed.run, passes))()
+            self._replays.get(passes, partial(self.run, passes))()
 
         load()
         found = walk(run_or_replay)
         if recorded := [passes for passes in met if passes in self._replays]:
-            for tensor in self.fixed.tensors():
+            for tensor in self.tensors():
                 if tensor.is_floating_point():
                     tensor.zero_()  # a recording that writes nothing would find what was run
             load()
@@ -188,8 +174,8 @@ class Bucket(Generic[Pass, Found]):
             self._record(passes)
         return found
 
-    def check(self, found: Found, wanted: Found, limits: Sequence[tuple[float, float]], where: str) -> float:
-        """The share of a batch's rollouts that agree.
+    def check(self, found: Found, wanted: Found, limits: Sequence[tuple[float, float]], where: str) -> None:
+        """Check that enough of a batch's rollouts agree.
 
         Args:
             found: the batch.
@@ -201,16 +187,15 @@ class Bucket(Generic[Pass, Found]):
             RunError: the share is less.
         """
         roundings, least = limits[self._dtype.itemsize < 4]
-        agreeing = self._agreement(found, wanted, roundings)
+        agreeing = self.agreement(found, wanted, roundings)
         if agreeing < least:
             raise RunError(f"{1 - agreeing:.1%} of the rollouts differ {where}")
-        return agreeing
 
     def _record(self, passes: Pass) -> None:
-        self.fixed.rewind()
-        tensors, run = self.fixed.tensors(), partial(self.fixed.run, passes)
+        self.restore()
+        tensors = self.tensors()
         before = unreturnable_bytes(tensors[0].device)
-        self._replays[passes] = self._recorder.record(run, tensors)
+        self._replays[passes] = self._recorder.record(partial(self.run, passes), tensors)
         self._pool_bytes += max(0, unreturnable_bytes(tensors[0].device) - before)
 
 
@@ -232,7 +217,7 @@ class Recordings:
         *,
         needed: bool = False,
         share: float = ROLLOUTS_SHARE,
-        new_recorder: Callable[[], Recorder] = CudaRecorder,
+        new_recorder: Callable[[], CudaRecorder] = CudaRecorder,
         max_bytes: float | None = None,
     ) -> None:
         """Record nothing yet.
@@ -268,7 +253,7 @@ class Recordings:
         self,
         key: Hashable,
         usual: Callable[[], Found],
-        fixed: Callable[[Bucket[Pass, Found] | None], tuple[Bucket[Pass, Found], Found]],
+        fixed: Callable[[Kept | None], tuple[Kept, Found]],
     ) -> Found:
         """What a batch gives.
 
@@ -305,20 +290,15 @@ class Recordings:
         self,
         key: Hashable,
         usual: Callable[[], Found],
-        fixed: Callable[[Bucket[Pass, Found] | None], tuple[Bucket[Pass, Found], Found]],
+        fixed: Callable[[Any], tuple[Bucket[Any, Found], Found]],
     ) -> Found:
         known = self.buckets.get(key)
         bucket, found = fixed(known)
-        if known is not None:
-            self._evict(key)
-            return found
-        expected = usual()
-        agreeing = bucket.check(found, expected, _OTHER_ORDER, "in tensors of fixed sizes")
-        if agreeing < 1:
-            log.info("%.1f%% of the rollouts of a batch differ beyond rounding under graphs", 100 * (1 - agreeing))
-        self.buckets[key] = bucket
+        if known is None:
+            bucket.check(found, usual(), _OTHER_ORDER, "in tensors of fixed sizes")
+            self.buckets[key] = bucket
         self._evict(key)
-        return expected
+        return found
 
     def _evict(self, key: Hashable) -> None:
         """Drop the oldest buckets until the others hold no more than is allowed, at last the one that was used now.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,14 +12,11 @@ from latent_tts.executor import Finished, Work
 class LocalPool:
     """The driver itself as the only worker: it computes a shard when it is asked for the next finished one."""
 
-    def __init__(self, work: Work) -> None:
-        self._worker = work.start()
-        self._shards: list[Any] = []
+    workers = (0,)
 
-    @property
-    def workers(self) -> Sequence[int]:
-        """The only one."""
-        return [0]
+    def __init__(self, work: Work) -> None:
+        self._worker = work()
+        self._shards: list[Any] = []
 
     def describe(self) -> list[Any]:
         """What it says of itself."""

@@ -11,14 +11,17 @@ import pickle
 import re
 import socket
 import subprocess
+import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, ClassVar, NoReturn
+from logging.handlers import BufferingHandler
+from typing import Any, ClassVar
 
 import psutil
 
@@ -30,11 +33,11 @@ CORES_PER_WORKER, MIN_WORKERS = 4, 2
 SECONDS_TO_ANSWER = 3.0  # of a cluster's address
 SECONDS_TO_PLACE = 300  # the first worker; its process may have to load a slow disk's libraries
 SECONDS_FOR_OTHERS = 60  # at least; otherwise as long again as the first one took
-SECONDS_TO_RESTART = 120  # a worker that died, on its machine or on another one with room
+SECONDS_TO_RESTART = 120  # some worker, if all have died, on its machine or on another one with room
 RAY_STEPS, TINY = 10_000, 1e-6  # Ray counts resources in ten-thousandths
 MIN_STORE_BYTES, MAX_STORE_BYTES = 1 << 27, 1 << 31  # of what workers have sent and the driver has not yet written
 SHARDS = ("measured", "fixed")
-SECONDS_BETWEEN_LOOKS, SECONDS_TO_END = 1.0, 5.0  # at the processes of the local Ray; without them
+SECONDS_TO_END = 5.0  # without Ray's node
 # A Ray of this machine alone listens on its loopback address; the first variable says so on Linux, too.
 LOOPBACK_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 # stdout is the command's; what Ray prints there is discarded, and so are tracebacks of a second worker that fails
@@ -45,7 +48,6 @@ OUT_OF_MEMORY = (
     "Ray ended the processes of workers because the memory of {where} is nearly full; fewer executor.workers or a "
     "smaller engine.rows need less"
 )
-NODE = ("gcs_server", "raylet")  # the processes of a local Ray; a machine of a cluster has the latter
 # Ray ends the process of a driver whose node is gone, without a word: a shell then says it in its place
 ENDED = "error: the command was killed, or ended by Ray because Ray's node is gone; re-run the command to resume"
 WATCH = f'read -r end || echo "{ENDED}" >&2'
@@ -125,19 +127,19 @@ class Ray:
 class RayPool:
     """Actors that have received the work."""
 
-    def __init__(self, actors: dict[Any, float | None], work: Work, retries: int) -> None:
+    def __init__(self, actors: dict[Any, bool], work: Work, retries: int) -> None:
         """Send the work.
 
         Args:
-            actors: of the workers, each with the time when it must be there again if it has died; kept up to date, and
-                those that are lost are removed.
-            work: what they are to do.
+            actors: of the workers, each with whether it is there: not dead and about to be started again; kept up to
+                date, and those that are lost are removed.
+            work: makes a worker.
             retries: how often in a row a worker may die and gets another shard.
         """
         self._all, self._retries = actors, retries
         self._actors = dict(enumerate(actors))
-        self._running: dict[Any, int] = {}  # by reference, to the result of a call or to `is_placed`
-        self._deaths: dict[int, int] = {}  # since the last call that ended well
+        self._running: dict[Any, int] = {}  # workers, by reference to the result of a call
+        self._deaths = Counter[int]()  # since the last shard that was computed
         self._said: set[str] = set()
         content = pickle.dumps(work)
         folder = os.getcwd()
@@ -147,21 +149,16 @@ class RayPool:
     @property
     def workers(self) -> Sequence[int]:
         """Those that are there."""
-        return [worker for worker, actor in self._actors.items() if self._all[actor] is None]
+        return [worker for worker, actor in self._actors.items() if self._all[actor]]
 
     def describe(self) -> list[Any]:
         """What each worker that is there says of itself."""
         found: dict[int, Any] = {}
-        for worker, actor in self._actors.items():
-            if self._all[actor] is None:
-                self._call(worker, "describe")
-            else:
-                self._running[_sign_of(actor)] = worker
+        for worker in self._actors:
+            self._call(worker, "describe")
         while not found or set(self.workers) - found.keys():
             done = self.next_finished()
-            if done.back:
-                self._call(done.worker, "describe")
-            elif not done.lost:
+            if not done.lost:
                 found[done.worker] = done.result
         return [found[worker] for worker in sorted(found)]
 
@@ -170,9 +167,11 @@ class RayPool:
         self._call(worker, "compute", shard)
 
     def _call(self, worker: int, method: str, *arguments: Any) -> None:
+        """Call a worker; one that is not there computes the call once it has been started again."""
+        actor = self._actors[worker]
+        call = actor.call.options(max_task_retries=0 if self._all[actor] else -1)
         # in a list, so that a worker fetches the work only if it is new to it
-        reference = self._actors[worker].call.remote(self._id, [self._content], method, *arguments)
-        self._running[reference] = worker
+        self._running[call.remote(self._id, [self._content], method, *arguments)] = worker
 
     def next_finished(self) -> Finished:
         """Wait until some worker is done with its shard, has died, or has been started again.
@@ -181,67 +180,52 @@ class RayPool:
             RunError: no worker is left, or Ray is gone.
         """
         ray = _ray()
-        reference = self._next_reference()
-        if reference is None:
-            return self._give_up_late_one()
-        worker = self._running.pop(reference)
-        actor = self._actors[worker]
-        returns = self._all[actor] is not None
+        waits = not any(self._all[self._actors[worker]] for worker in self._running.values())
         try:
-            result = ray.get(reference)
-        except ray.exceptions.RayTaskError as error:
-            _raise_cause(error)
-        except ray.exceptions.RayError as error:
-            self._deaths[worker] = self._deaths.get(worker, 0) + 1
-            if returns or self._deaths[worker] > self._retries:
-                return self._lose(worker, error)
-            log.info("executor=ray: worker %d died, others take its shard: %s", worker, _in_one_line(error))
-            return self._await(worker)
-        if returns:
-            self._all[actor] = None
-            return Finished(worker, None, 0.0, back=True)
-        self._deaths.pop(worker, None)
-        result, seconds, warnings = result
-        for name, level, text in warnings:
-            if text not in self._said:  # by another worker
-                logging.getLogger(name).log(level, "%s", text, extra={"once": True})
-                self._said.add(text)
-        return Finished(worker, result, seconds)
-
-    def _await(self, worker: int) -> Finished:
-        """Wait, for a while, until Ray has started a worker again; if no machine has room, Ray would wait for ever."""
-        actor = self._actors[worker]
-        self._all[actor] = time.monotonic() + SECONDS_TO_RESTART
-        self._running[_sign_of(actor)] = worker
-        return Finished(worker, None, 0.0, lost=True)
-
-    def _next_reference(self) -> Any:
-        """The reference of the next call that has ended; None if a worker was not started again in time."""
-        ray, timeout = _ray(), None
-        late = [until for until in self._all.values() if until is not None]
-        if late:
-            timeout = max(0.0, min(late) - time.monotonic())
-        try:
-            done, _ = ray.wait(list(self._running), num_returns=1, timeout=timeout)
+            # where no machine has room for any, Ray would wait for ever
+            done, _ = ray.wait(list(self._running), num_returns=1, timeout=SECONDS_TO_RESTART if waits else None)
         except ray.exceptions.RayError as error:
             raise RunError(f"Ray is gone: {_in_one_line(error)}; {RESUME}") from error
-        return done[0] if done else None
+        if not done:
+            why = f"all have died, and in {SECONDS_TO_RESTART} s no machine started one again"
+            raise RunError(f"no worker of executor=ray is left: {why}; {RESUME}")
+        worker = self._running.pop(done[0])
+        actor = self._actors[worker]
+        try:
+            result, seconds, warnings = ray.get(done[0])
+        except ray.exceptions.RayTaskError as error:  # what the worker raised
+            known = isinstance(error.cause, LatentTTSError | RuntimeError | MemoryError)
+            raise error.cause from (None if known else error)
+        except ray.exceptions.RayError as error:
+            self._lose(worker, error)
+            return Finished(worker, None, 0.0, lost=True)
+        for name, level, text in warnings:
+            if text not in self._said:  # by another worker
+                logging.getLogger(name).log(level, "%s", text)
+                self._said.add(text)
+        if self._all[actor]:
+            self._deaths[worker] = 0
+            return Finished(worker, result, seconds)
+        self._all[actor] = True
+        return Finished(worker, result, seconds, back=True)
 
-    def _give_up_late_one(self) -> Finished:
-        until = {worker: self._all[actor] or math.inf for worker, actor in self._actors.items()}
-        worker = min(until, key=lambda each: until[each])
-        self._running = {reference: other for reference, other in self._running.items() if other != worker}
-        _ray().kill(self._actors[worker])
-        return self._lose(worker, RunError(f"it died, and in {SECONDS_TO_RESTART} s no machine started it again"))
+    def _lose(self, worker: int, error: Exception) -> None:
+        """Wait until Ray has started a worker that died again, or give it up.
 
-    def _lose(self, worker: int, error: Exception) -> Finished:
-        """Give up a worker that Ray does not start again."""
+        Raises:
+            RunError: no other worker is left.
+        """
+        actor, why = self._actors[worker], _in_one_line(error)
+        self._deaths[worker] += 1
+        if self._all[actor] and self._deaths[worker] <= self._retries:
+            log.info("executor=ray: worker %d died, others take its shard: %s", worker, why)
+            self._all[actor] = False
+            self._call(worker, "describe")
+            return
         del self._all[self._actors.pop(worker)]
-        why = _in_one_line(error)
         if not self._actors:
             raise RunError(f"no worker of executor=ray is left: {why}; {RESUME}") from error
         log.warning("executor=ray lost worker %d, %d are left: %s", worker, len(self._actors), why)
-        return Finished(worker, None, 0.0, lost=True)
 
 
 class _Actor:
@@ -251,13 +235,10 @@ class _Actor:
         import torch
 
         torch.set_num_threads(threads)
-        self._warnings = _Warnings()
+        self._warnings = BufferingHandler(sys.maxsize)
+        self._warnings.setLevel(logging.WARNING)
         logging.getLogger("latent_tts").addHandler(self._warnings)
         self._id, self._worker, self._where = "", None, f"the worker on {socket.gethostname()}"
-
-    def is_placed(self) -> bool:
-        """True: its process runs."""
-        return True
 
     def call(self, work_id: str, content: list[Any], method: str, *arguments: Any) -> tuple[Any, float, list[Any]]:
         """What a method of the worker gives, the seconds that it took, and the warnings that it logged.
@@ -277,7 +258,9 @@ class _Actor:
             raise RunError(f"{self._where}: {file}{error.strerror or error}") from error
         except RuntimeError as error:
             raise RuntimeError(f"{self._where}: {reason(error)}") from error
-        return result, time.perf_counter() - started, self._warnings.taken()
+        warnings = [(each.name, each.levelno, each.getMessage()) for each in self._warnings.buffer]
+        self._warnings.flush()
+        return result, time.perf_counter() - started, warnings
 
     def _ready(self, work_id: str, content: list[Any]) -> Worker:
         """The worker for a piece of work; a process that was started again makes it anew."""
@@ -291,28 +274,11 @@ class _Actor:
                 work: Work = pickle.loads(pickled)
             except Exception as error:  # of any class: another version of the code may raise whatever it likes
                 raise RunError(f"it does not have the driver's code: {reason(error)}") from error
-            self._worker, self._id = work.start(), work_id
+            self._worker, self._id = work(), work_id
         return self._worker
 
 
-class _Warnings(logging.Handler):
-    """Keeps warnings until they are taken."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self._records: list[tuple[str, int, str]] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep one."""
-        self._records.append((record.name, record.levelno, record.getMessage()))
-
-    def taken(self) -> list[tuple[str, int, str]]:
-        """Those since the last call."""
-        records, self._records = self._records, []
-        return records
-
-
-_started: dict[tuple[Ray, bool], dict[Any, float | None]] = {}  # the actors of this process; see `RayPool`
+_started: dict[tuple[Ray, bool], dict[Any, bool]] = {}  # the actors of this process; see `RayPool`
 
 
 def _ray() -> Any:
@@ -321,7 +287,7 @@ def _ray() -> Any:
     return ray
 
 
-def _actors(executor: Ray, *, on_gpus: bool) -> dict[Any, float | None]:
+def _actors(executor: Ray, *, on_gpus: bool) -> dict[Any, bool]:
     """The actors of an executor; those of another end."""
     key = executor, on_gpus
     if not _started.get(key):  # or all of them are lost
@@ -329,7 +295,7 @@ def _actors(executor: Ray, *, on_gpus: bool) -> dict[Any, float | None]:
             _started.clear()
             _ray().shutdown()
         _connect(executor.address)
-        _started[key] = dict.fromkeys(_start_actors(executor, on_gpus))
+        _started[key] = dict.fromkeys(_start_actors(executor, on_gpus), True)
     return _started[key]
 
 
@@ -337,11 +303,7 @@ def _actors(executor: Ray, *, on_gpus: bool) -> dict[Any, float | None]:
 def _say_if_ended() -> None:
     """Have another process print a line if this one is killed."""
     watch = subprocess.Popen(["/bin/sh", "-c", WATCH], stdin=subprocess.PIPE, start_new_session=True)
-
-    def end() -> None:
-        watch.communicate(b"well\n")
-
-    atexit.register(end)
+    atexit.register(watch.communicate, b"well\n")
 
 
 def _connect(address: str | None) -> None:
@@ -351,14 +313,14 @@ def _connect(address: str | None) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     common: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
     try:
-        if address is not None:
-            ray.init(address=address, **common)
-            _end_with(_raylets(ray.get_runtime_context().get_node_id()))
-            return
-        store = min(MAX_STORE_BYTES, max(MIN_STORE_BYTES, psutil.virtual_memory().available // 8))
-        # without `local` it would be the cluster of this machine, or of RAY_ADDRESS
-        ray.init(address="local", num_cpus=_cores(), include_dashboard=False, object_store_memory=store, **common)
-        _end_with([each for each in psutil.Process().children() if each.name() in NODE])
+        if address is None:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            store = min(MAX_STORE_BYTES, max(MIN_STORE_BYTES, psutil.virtual_memory().available // 8))
+            # without `local` it would be the cluster of this machine, or of RAY_ADDRESS
+            ray.init("local", num_cpus=cores, include_dashboard=False, object_store_memory=store, **common)
+        else:
+            ray.init(address, **common)
+        _end_with_node(ray.get_runtime_context().get_node_id())
     except Exception as error:  # of any class: a node that is slow to start is a plain Exception
         key, value = ("executor", "ray") if address is None else ("executor.address", address)
         why = f"Ray cannot be started ({' '.join(str(error).split())[:200]})"
@@ -370,26 +332,15 @@ def _connect(address: str | None) -> None:
         raise bad_value(key, value, why) from error
 
 
-def _raylets(node_id: str) -> list[psutil.Process]:
-    """The process on this machine that makes it a node of a cluster."""
+def _end_with_node(node: str) -> None:
+    """Watch the process that makes this machine a node of Ray: without it a driver waits for ever, so this one ends."""
     found = psutil.process_iter(["name", "cmdline"])
-    return [each for each in found if each.info["name"] == NODE[1] and node_id in " ".join(each.info["cmdline"] or ())]
-
-
-def _end_with(processes: Sequence[psutil.Process]) -> None:
-    """Watch processes of Ray on this machine: without them a driver waits for ever, so this one ends soon after."""
-
-    def is_gone(process: psutil.Process) -> bool:
-        try:
-            return process.status() == psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return True
+    raylet = next(each for each in found if each.info["name"] == "raylet" and node in " ".join(each.info["cmdline"]))
 
     def watch() -> None:
-        while _ray().is_initialized() and not any(map(is_gone, processes)):
-            time.sleep(SECONDS_BETWEEN_LOOKS)
-        if _ray().is_initialized():
-            time.sleep(SECONDS_TO_END)
+        raylet.wait()
+        time.sleep(SECONDS_TO_END)
+        if _ray().is_initialized() and _ray().get_runtime_context().get_node_id() == node:
             os._exit(1)
 
     threading.Thread(target=watch, name="watch of Ray's node", daemon=True).start()
@@ -417,20 +368,15 @@ class WorkerPlan:
     cores: float
     gpus: float
 
-    @property
-    def threads(self) -> int:
-        """Threads of each worker."""
-        return max(1, int(self.cores))
-
     def fits(self, machines: Sequence[Machine]) -> bool:
         """Whether the machines hold all workers."""
-        return sum(map(self._places, machines)) >= self.workers
-
-    def _places(self, machine: Machine) -> int:
-        on_cores = math.floor(machine.cores / self.cores + TINY) if self.cores else self.workers
-        # a part is one of a single GPU
-        on_gpus = int(machine.gpus) * math.floor(1 / self.gpus + TINY) if self.gpus else self.workers
-        return min(on_cores, on_gpus)
+        places = 0
+        for machine in machines:
+            on_cores = math.floor(machine.cores / self.cores + TINY) if self.cores else self.workers
+            # a part is one of a single GPU
+            on_gpus = int(machine.gpus) * math.floor(1 / self.gpus + TINY) if self.gpus else self.workers
+            places += min(on_cores, on_gpus)
+        return places >= self.workers
 
     @classmethod
     def of(cls, machines: Sequence[Machine], workers: int | None) -> WorkerPlan:
@@ -459,39 +405,26 @@ def _start_actors(executor: Ray, on_gpus: bool) -> list[Any]:
     kind = ray.remote(_Actor).options(
         num_cpus=plan.cores, num_gpus=plan.gpus, max_restarts=executor.max_restarts, max_task_retries=0
     )
-    actors = [kind.remote(plan.threads) for _ in range(plan.workers)]
-    signs, began = [_sign_of(actor) for actor in actors], time.monotonic()
-    placed, missing = ray.wait(signs, num_returns=1, timeout=SECONDS_TO_PLACE)
+    started = [kind.remote(max(1, int(plan.cores))) for _ in range(plan.workers)]
+    actors, began = {actor.__ray_ready__.remote(): actor for actor in started}, time.monotonic()
+    placed, missing = ray.wait(list(actors), num_returns=1, timeout=SECONDS_TO_PLACE)
     if placed and missing:
         seconds = max(SECONDS_FOR_OTHERS, time.monotonic() - began)
-        placed, missing = ray.wait(signs, num_returns=len(signs), timeout=seconds)
-    for actor, sign in zip(actors, signs, strict=True):
-        if sign in missing:
-            ray.kill(actor)
+        placed, missing = ray.wait(list(actors), num_returns=len(actors), timeout=seconds)
+    for sign in missing:
+        ray.kill(actors[sign])
     each = f"each takes {plan.cores:g} cores and {plan.gpus:g} GPUs, and the rest of the cluster is in use"
     if not placed:
         allowed = f"no worker started in {SECONDS_TO_PLACE} s: {each}"
         raise bad_value("executor.workers", executor.workers, allowed)
-    _check_started(executor, placed)
+    try:
+        ray.get(placed)
+    except ray.exceptions.RayError as error:  # a machine cannot run this package
+        key, value = ("executor", "ray") if executor.address is None else ("executor.address", executor.address)
+        raise bad_value(key, value, _in_one_line(error)) from error
     if missing:
-        log.warning("executor=ray goes on with %d of %d workers: %s", len(placed), len(signs), each)
-    return [actor for actor, sign in zip(actors, signs, strict=True) if sign in placed]
-
-
-def _sign_of(actor: Any) -> Any:
-    """A reference that is ready once an actor runs; if the actor dies before, Ray tries again, unlike other calls."""
-    return actor.is_placed.options(max_task_retries=-1).remote()
-
-
-def _check_started(executor: Ray, placed: Sequence[Any]) -> None:
-    """Raise UsageError if the machine of a worker cannot run this package."""
-    ray = _ray()
-    for sign in placed:
-        try:
-            ray.get(sign)
-        except ray.exceptions.RayError as error:
-            key, value = ("executor", "ray") if executor.address is None else ("executor.address", executor.address)
-            raise bad_value(key, value, _in_one_line(error)) from error
+        log.warning("executor=ray goes on with %d of %d workers: %s", len(placed), len(actors), each)
+    return [actors[sign] for sign in placed]
 
 
 def _in_one_line(error: Exception) -> str:
@@ -504,13 +437,3 @@ def _in_one_line(error: Exception) -> str:
     if "its creation task" in text:
         return f"the worker on {where} cannot start: {text.strip().splitlines()[-1]}"
     return " ".join(text.split("\n\n")[0].split()).removesuffix(".")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _raise_cause(error: Any) -> NoReturn:
-    """Raise what a worker raised."""
-    known = isinstance(error.cause, LatentTTSError | RuntimeError | MemoryError)
-    raise error.cause from (None if known else error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +13,14 @@ import pandas as pd
 from latent_tts.errors import UsageError, require
 from latent_tts.results import statistics
 from latent_tts.results.completed_run import AggregatorBuilder, CompletedRun
-from latent_tts.results.run_folder import is_complete, name_once, read_run_metrics, run_folders, sampler_label
+from latent_tts.results.run_folder import (
+    DIGEST_COLUMNS,
+    is_complete,
+    name_once,
+    read_run_metrics,
+    run_folders,
+    sampler_label,
+)
 
 Side = dict[str, CompletedRun]  # by seed
 T = TypeVar("T")
@@ -85,15 +92,11 @@ def differences(
 def describe_sides(a: Side, b: Side) -> tuple[str, str]:
     """What tells one side from the other, as in `sampler=dropout rate=0.1, `; empty where their settings are equal."""
     both = name_once(pd.DataFrame([next(iter(side.values())).curve for side in (a, b)]))
-    curves = [_with_whole_sampler({str(name): value for name, value in row.items()}) for _, row in both.iterrows()]
-    names = [name for name in curves[0] if curves[0][name] != curves[1][name] and not name.endswith("_digest")]
-    first, second = ("".join(f"{name}={curve[name]}, " for name in names if curve[name]) for curve in curves)
+    both["sampler"] = both.apply(sampler_label, axis=1)  # with its value: `gaussian sigma=0.4`
+    both = both.drop(columns=["sampler_param", "sampler_value", *DIGEST_COLUMNS])
+    names = [name for name in map(str, both) if both[name].nunique() > 1]
+    first, second = ("".join(f"{name}={row[name]}, " for name in names if row[name]) for _, row in both.iterrows())
     return first, second
-
-
-def _with_whole_sampler(curve: Mapping[str, str]) -> dict[str, str]:
-    """The columns of a curve, the sampler with its value in one: `gaussian sigma=0.4`."""
-    return {**curve, "sampler": sampler_label(curve), "sampler_param": "", "sampler_value": ""}
 
 
 def _difference(

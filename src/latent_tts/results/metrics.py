@@ -41,13 +41,11 @@ class Figures:
         cls, n: int, drawn: int, measured: dict[str, float], **metrics: Mapping[str, Floats] | Floats | None
     ) -> Figures:
         """Figures of metrics in table order: each a value (Q,), or one by aggregator; None where there is none."""
-        by_aggregator = {
-            metric: values if isinstance(values, Mapping) else {"": values}
+        per_question = {
+            (metric, name): each
             for metric, values in metrics.items()
             if values is not None
-        }
-        per_question = {
-            (metric, name): each for metric, values in by_aggregator.items() for name, each in values.items()
+            for name, each in (values.items() if isinstance(values, Mapping) else [("", values)])
         }
         return cls(n, drawn, per_question, measured)
 

@@ -6,8 +6,7 @@ import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+SAMPLER_COLUMNS = ("sampler", "sampler_param", "sampler_value")
 AGAINST = {
     "n": "rollouts per question (n)",
     "rollouts": "rollouts drawn per question (mean)",
@@ -42,14 +42,22 @@ MAX_MODELS_TOGETHER = 2  # more models get a row of panels each
 MAX_LINES_TOGETHER = 8  # in one panel of accuracies; more get a panel per aggregator
 MAX_BANDS = 4  # in one panel; more intervals are bars at the curves' ends
 NEAR = 0.03  # of the x axis: bars so near to each other are drawn side by side
-OCTAVES = 6  # of an axis on which bars are as far apart as they get
+MAX_STEP, MAX_BARS_WIDTH = 8, 28  # points between such bars, and of all of them
 MIN_SWEPT = 3  # values of a parameter that make a sequential palette
 MAX_VALUES = 8  # of a sampler that are written at the points of a curve
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, with violet and grey for yellow and black
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#6a3d9a", "#e69f00", "#56b4e9", "#cc79a7", "#555555")
 SEQUENTIAL = ("viridis_r", "YlOrBr", "Blues", "Greens", "Purples", "Greys")  # the first where there is one sweep
-CYCLES = (("o", "-"), ("s", "--"), ("^", ":"), ("D", "-."), ("v", (0, (5, 1, 1, 1, 1, 1))))
+CYCLES: tuple[dict[str, Any], ...] = (
+    {"marker": "o", "linestyle": "-"},
+    {"marker": "s", "linestyle": "--"},
+    {"marker": "^", "linestyle": ":"},
+    {"marker": "D", "linestyle": "-."},
+    {"marker": "v", "linestyle": (0, (5, 1, 1, 1, 1, 1))},
+)
+# every other aggregator has rings around the filled markers of the one before: of equal lines both are seen
+RING = {"markerfacecolor": "none", "markersize": 6.5}
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.labelsize": 9,
@@ -66,21 +74,7 @@ MIN_COLUMNS = 1.4  # a single panel is so much wider, for its legend
 LETTER = 0.066  # inches, of the legend's text
 
 
-@dataclass(frozen=True)
-class Look:
-    """How a line is drawn.
-
-    Attributes:
-        color, marker, dash: as matplotlib takes them.
-    """
-
-    color: Any
-    marker: str = "o"
-    dash: Any = "-"
-
-    def marks(self) -> dict[str, Any]:
-        """Keyword arguments of `Axes.plot` and `Line2D`."""
-        return {"color": self.color, "marker": self.marker, "linestyle": self.dash}
+Look = dict[str, Any]  # how a line is drawn: keyword arguments of `Axes.plot` and `Line2D`
 
 
 def scaling_curve(metrics: pd.DataFrame, path: Path, against: str = "n") -> Path:
@@ -127,30 +121,33 @@ def scaling_figure(metrics: pd.DataFrame, against: str = "n") -> Figure:
     parts = [points[points["model"] == model] for model in models] if in_rows else [points]
     looks, panels = _looks(attributes), _panels(points, parts)
     together = max((names for _, names in panels), key=len)
-    marks = {  # a colour of None is the curve's
-        name: Look(COLORS[(index + 1) % len(COLORS)] if len(looks) == 1 else None, *CYCLES[index % len(CYCLES)])
+    marks = {
+        name: CYCLES[index % len(CYCLES)]
+        | (RING if index % 2 else {})
+        | ({"color": COLORS[(index + 1) % len(COLORS)]} if len(looks) == 1 else {})
         for index, name in enumerate(together if len(together) > 1 else ())
     }
+    cells = [(part, panel) for part in parts for panel in panels]
     columns = len(panels) if in_rows or len(panels) < 4 else math.ceil(len(panels) / 2)
-    rows = len(parts) if in_rows else math.ceil(len(panels) / columns)
+    rows = math.ceil(len(cells) / columns)
     with matplotlib.rc_context(STYLE):
         averaged = "seeds" not in metrics and bool(points["seed"].str.contains(",").any())
         handles = [*_legend(looks, marks), _interval_handle(parts, marks, averaged=averaged)]
         figure = _figure_with_legend(rows, columns, handles)
         grid = figure.subplots(rows, columns, squeeze=False)
-        for index, part in enumerate(parts):
-            axes = list(grid[index] if in_rows else grid.flat)
-            for axis, panel in zip(axes, panels, strict=False):
-                _draw_panel(axis, part, panel, looks, marks, against)
-            for axis in axes[len(panels) :]:
-                axis.remove()
-            _share_scale([axis for axis, (metric, _) in zip(axes, panels, strict=False) if metric == "accuracy"])
-            if in_rows:
-                title = printable(models[index] + notes[models[index]])
-                axes[0].set_title(title, loc="left", fontsize=9, fontweight="bold")
-        lowest = rows * columns if in_rows else len(panels)
-        for axis in grid.flat[lowest - columns : lowest]:
+        for axis, (part, panel) in zip(grid.flat, cells, strict=False):
+            _draw_panel(axis, part, panel, looks, marks, against)
+        for axis in grid.flat[len(cells) :]:
+            axis.remove()
+        for axis in grid.flat[len(cells) - columns : len(cells)]:
             axis.set_xlabel(AGAINST[against])
+        for model, axis in zip(models if in_rows else (), grid[:, 0], strict=False):
+            axis.set_title(printable(model + notes.get(model, "")), loc="left", fontsize=9, fontweight="bold")
+        for axes in np.split(grid.flat[: len(cells)], len(parts)):  # accuracies of different aggregators have one scale
+            scaled = [axis for axis, (metric, _) in zip(axes, panels, strict=True) if metric == "accuracy"]
+            limits = [limit for axis in scaled for limit in axis.get_ylim()]
+            for axis in scaled:
+                axis.set_ylim(min(limits), max(limits))
         figure.suptitle(_title(points, against), fontsize=10)
     return figure
 
@@ -182,15 +179,13 @@ def _figure_with_legend(rows: int, columns: int, handles: Sequence[Artist]) -> F
 
 def _points(metrics: pd.DataFrame, against: str) -> pd.DataFrame:
     """The rows to draw, one per point: means over the seeds of a curve, with their place `x`."""
-    points = metrics[metrics["metric"].isin(figures_drawn(metrics))].dropna(subset="value")
-    points = points.assign(x=points["n"])
-    if against != "n":
-        same, metric = ["run_id", "n", "drawn"], "rollouts_drawn" if against == "rollouts" else against
-        beside = metrics[metrics["metric"] == metric].drop_duplicates(same).set_index(same)["value"].rename("x")
-        points = points.drop(columns="x").join(beside, on=same)
-        if against == "rollouts":  # a budget that draws as many of each question has no mean
-            points["x"] = points["x"].fillna(points["n"].astype(float))
-        points = points.dropna(subset="x")
+    same = ["run_id", "n", "drawn"]
+    metric = "rollouts_drawn" if against == "rollouts" else against
+    x = metrics[metrics["metric"] == metric].drop_duplicates(same).set_index(same)["value"].rename("x")
+    points = metrics[metrics["metric"].isin(figures_drawn(metrics))].dropna(subset="value").join(x, on=same)
+    if against in ("n", "rollouts"):  # a budget that draws as many of each question has no mean
+        points["x"] = points["x"].astype(float).fillna(points["n"])
+    points = points.dropna(subset="x")
     if points.empty:
         raise UsageError(f"nothing to draw: the table has no coverage, accuracy or agreement with {against} beside it")
     point = [*CURVE_COLUMNS, "aggregator", "n", "metric"]
@@ -226,45 +221,40 @@ def _named_curves(
         The points with the `label` of their curve; by label, what the label says, by name; by model, what the title of
         its row adds.
     """
-    columns = list(CURVE_COLUMNS)
+    columns = [name for name in CURVE_COLUMNS if against != "diversity" or name not in SAMPLER_COLUMNS[1:]]
     if against == "diversity":
-        columns = [*(name for name in columns if name not in ("sampler_param", "sampler_value")), "n"]
+        columns.append("n")
     keys = points[columns].fillna("").astype(str)
-    curves = keys.drop_duplicates()
-    parts = [part for _, part in curves.groupby("model")] if in_rows else [curves]
-    varying = [name for name in columns if any(part[name].nunique() > 1 for part in parts)]
-    for name in (*DIGEST_COLUMNS, "checkpoint", "budget"):  # needed only where nothing else tells curves apart
-        others = [other for other in varying if other != name]
-        if name in varying and others and all(len(part[others].drop_duplicates()) == len(part) for part in parts):
+    curves = keys.drop_duplicates().to_dict("records")
+    budgets = [_split_budget(curve["budget"]) for curve in curves]
+    facts = pd.DataFrame(
+        [curve | budget | _split(curve["settings"]) for curve, budget in zip(curves, budgets, strict=True)]
+    )
+    facts = facts.drop(columns="settings").fillna("")
+    parts = [part for _, part in facts.groupby("model")] if in_rows else [facts]
+    varying = [name for name in map(str, facts) if any(part[name].nunique() > 1 for part in parts)]
+    of_budget = {name for budget in budgets for name in budget}
+    for names in (*([name] for name in DIGEST_COLUMNS), ["checkpoint"], of_budget):  # told where nothing else differs
+        others = [other for other in varying if other not in names]
+        if others and all(len(part[others].drop_duplicates()) == len(part) for part in parts):
             varying = others
-    of_sampler = [name for name in ("sampler", "sampler_param", "sampler_value") if name in columns]
-    notes = dict.fromkeys(curves["model"], "")
-    samplers = curves[["model", *of_sampler]].drop_duplicates()
-    value_per_model = in_rows and "sampler_value" in columns and not samplers.duplicated(["model", "sampler"]).any()
-    if value_per_model and samplers[of_sampler].drop_duplicates().duplicated("sampler").any():
-        for model, rows in samplers.groupby("model"):
-            values = [sampler_label(row) for _, row in rows.iterrows() if row["sampler_value"]]
-            notes[str(model)] = f": {', '.join(values)}" if values else ""
+    notes: dict[str, str] = {}
+    of_sampler = [name for name in SAMPLER_COLUMNS if name in facts]
+    samplers = facts[["model", *of_sampler]].drop_duplicates()
+    if in_rows and len(of_sampler) > 1 and not samplers.duplicated(["model", "sampler"]).any():
         of_sampler = ["sampler"]
-    changed = [_split(text) for text in curves["settings"]]
-    common = set.intersection(*(set(each.items()) for each in changed))
-    alike = set.intersection(*(set(_split_budget(text).items()) for text in curves["budget"]))
+        for model, rows in samplers[samplers["sampler_value"] != ""].groupby("model"):
+            notes[str(model)] = f": {', '.join(sampler_label(row) for _, row in rows.iterrows())}"
     shared = _shared_sampler(points, against)
     labels, attributes = [], {}
-    for (_, curve), settings in zip(curves.iterrows(), changed, strict=True):
-        told = {name: curve[name] for name in varying if not name.startswith(("sampler", "settings")) and curve[name]}
-        if "settings" in varying:
-            told |= {key: value for key, value in settings.items() if (key, value) not in common}
-        if "budget" in told:
-            del told["budget"]
-            told |= {key: value for key, value in _split_budget(curve["budget"]).items() if (key, value) not in alike}
+    for _, curve in facts.iterrows():
+        told = {name: curve[name] for name in varying if name not in SAMPLER_COLUMNS and curve[name]}
         if not told or any(name in of_sampler for name in varying):
             told |= {name: curve[name] for name in of_sampler if curve[name] and name not in shared}
         told = told or {"sampler": curve["sampler"]}
         labels.append(_label(told))
         attributes[labels[-1]] = told
-    named = keys.merge(curves.assign(label=labels), on=columns, how="left")
-    return points.assign(label=named["label"].to_numpy()), attributes, notes
+    return points.assign(label=np.array(labels)[keys.groupby(columns, sort=False).ngroup()]), attributes, notes
 
 
 def _shared_sampler(points: pd.DataFrame, against: str) -> tuple[str, ...]:
@@ -275,10 +265,9 @@ def _shared_sampler(points: pd.DataFrame, against: str) -> tuple[str, ...]:
 
 
 def _split(settings: str) -> dict[str, str]:
-    """Settings as tables have them, `key=value` by commas, by key."""
-    return {
-        key: value for key, _, value in (each.partition("=") for each in re.split(r",(?=[\w.]+=)", settings)) if key
-    }
+    """Settings as tables have them, `key=value` by commas, by key; a word without a value has itself as one."""
+    parts = [part.partition("=") for part in re.split(r",(?=[\w.]+=)", settings) if part]
+    return {key: value or key for key, _, value in parts}
 
 
 def _split_budget(label: str) -> dict[str, str]:
@@ -290,39 +279,35 @@ def _split_budget(label: str) -> dict[str, str]:
 
 def _label(told: Mapping[str, str]) -> str:
     """What tells a curve from others, as a legend says it: `gaussian sigma=0.4, float32`."""
-    parts = [sampler_label(told)] if "sampler" in told or "sampler_value" in told else []
+    parts = [sampler_label(told)]
     for name, value in told.items():
         if name in DIGEST_COLUMNS:
             parts.append(f"{name.removesuffix('_digest')} {'+'.join(part[:8] for part in value.split('+'))}")
         elif name not in CURVE_COLUMNS or name == "budget":
-            parts.append(f"{name}={value}" if value else name)
-        elif not name.startswith("sampler"):
+            parts.append(name if value == name else f"{name}={value}")
+        elif name not in SAMPLER_COLUMNS:
             parts.append(value)
-    return printable(", ".join(parts))
+    return printable(", ".join(filter(None, parts)))
 
 
 def _looks(attributes: dict[str, dict[str, str]]) -> dict[str, Look]:
     """The look of each curve, in the legend's order: sequential colours along a swept number, else distinct ones."""
-    sweep = _sweep(attributes)
-    if sweep is None:
-        count = len(COLORS)
-        return {
-            label: Look(COLORS[index % count], *CYCLES[index // count % len(CYCLES)])
-            for index, label in enumerate(attributes)
-        }
     from matplotlib import colormaps
 
-    looks = {}
+    looks: dict[str, Look] = {}
+    sweep = _sweep(attributes)
     for index, group in enumerate(sweep):
         palette = colormaps[SEQUENTIAL[index + (len(sweep) > 1)]]
-        marker, dash = CYCLES[index % len(CYCLES)]
         for place, label in zip(np.linspace(0.35, 1, len(group)) if len(group) > 1 else [0.9], group, strict=True):
-            looks[label] = Look(palette(place), marker, dash)
-    return looks
+            looks[label] = {"color": palette(place)} | CYCLES[index % len(CYCLES)]
+    return looks or {
+        label: {"color": COLORS[index % len(COLORS)]} | CYCLES[index // len(COLORS) % len(CYCLES)]
+        for index, label in enumerate(attributes)
+    }
 
 
-def _sweep(attributes: dict[str, dict[str, str]]) -> list[list[str]] | None:
-    """The labels of curves that differ in one number only, ascending, in a list per kind of curve; None without any."""
+def _sweep(attributes: dict[str, dict[str, str]]) -> list[list[str]]:
+    """The labels of curves that differ in one number only, ascending, in a list per kind of curve; none without any."""
     best: list[list[str]] = []
     for name in dict.fromkeys(name for told in attributes.values() for name in told):
         groups: dict[tuple, list[tuple[float, str]]] = {}
@@ -334,7 +319,7 @@ def _sweep(attributes: dict[str, dict[str, str]]) -> list[list[str]] | None:
         fits = len(ordered) < len(SEQUENTIAL)
         if numeric and fits and max(map(len, ordered)) > max([MIN_SWEPT - 1, *map(len, best)]):
             best = [[label for _, label in group] for group in ordered]
-    return best or None
+    return best
 
 
 def _draw_panel(
@@ -346,75 +331,60 @@ def _draw_panel(
     against: str,
 ) -> None:
     """Draw the lines of a metric and its aggregators, with the intervals of the first aggregator."""
+    from matplotlib.transforms import ScaledTranslation
+
     metric, aggregators = panel
     part = part[part["metric"] == metric]
     axis.set_ylabel(f"{metric} ({aggregators[0]})" if metric == "accuracy" and len(aggregators) == 1 else metric)
     labels = [label for label in looks if label in set(part["label"])]
-    singles = [label for label in labels if part.loc[part["label"] == label, "x"].nunique() == 1]
     ends = part.groupby("label")["x"].max()
+    single = part.groupby("label")["x"].nunique() == 1
     places = np.log(ends) if _is_logarithmic(part, against) else ends
     near = NEAR * (places.max() - places.min())
-    neighbours = {label: [other for other in labels if abs(places[other] - places[label]) <= near] for label in labels}
-    beside = partial(_beside, part=part, against=against)
-    thin: dict[str, Any] = {"linewidth": 1, "markersize": 3} if len(labels) > MAX_BANDS else {}
-    for label in labels:
-        for index, aggregator in enumerate(aggregators):
-            line = part[(part["label"] == label) & (part["aggregator"].fillna("") == aggregator)].sort_values("x")
-            own = marks.get(aggregator, looks[label])
-            look = replace(own, color=own.color or looks[label].color)
-            style: dict[str, Any] = look.marks() | thin | _ring(index)
-            if label in singles:
-                others = [other for other in neighbours[label] if other in singles]
-                bars = len(others) * len(aggregators)
-                place = others.index(label) * len(aggregators) + index - (bars - 1) / 2
-                _draw_bars(axis, beside(line["x"], place, bars), line, style)
-                continue
+    crowded = len(labels) > MAX_BANDS
+    thin: Look = {"linewidth": 1, "markersize": 3} if crowded else {}
+    for label, (index, aggregator) in product(labels, enumerate(aggregators)):
+        line = part[(part["label"] == label) & (part["aggregator"].fillna("") == aggregator)].sort_values("x")
+        style: Look = looks[label] | thin | marks.get(aggregator, {})
+        if not single[label]:
             axis.plot(line["x"], line["value"], **style)
-            if index == 0 and against == "diversity":
-                _write_values(axis, line, look, below=labels.index(label) % 2 == 1)
-            if index == 0 and not thin:
-                alpha = 0.15 if len(labels) <= 2 else 0.1
-                axis.fill_between(
-                    line["x"], line["ci_low"], line["ci_high"], color=look.color, alpha=alpha, linewidth=0
-                )
-            elif index == 0:
-                end, others = line.tail(1), neighbours[label]
-                _draw_bars(axis, beside(end["x"], others.index(label) + 1, len(others)), end, style | {"marker": ""})
-    _set_ticks(axis, part, against)
+        if single[label] or (crowded and index == 0):  # bars, side by side
+            near_by = [other for other in labels if abs(places[other] - places[label]) <= near]
+            beside = [other for other in near_by if single[other] == single[label]]
+            per_curve = len(aggregators) if single[label] else 1
+            bars = len(beside) * per_curve
+            place = beside.index(label) * per_curve + index + 1  # right of the end of a curve
+            if single[label]:  # around a point
+                place -= (bars + 1) / 2
+            step = min(MAX_STEP, MAX_BARS_WIDTH / bars) / 72  # inches
+            end = line.tail(1)
+            # matplotlib leaves what is moved out of the limits
+            axis.update_datalim([(x, y) for x, *ys in end[["x", "value", "ci_low", "ci_high"]].to_numpy() for y in ys])
+            look: Look = style if single[label] else style | {"marker": ""}
+            reach = np.abs(end[["ci_low", "ci_high"]].to_numpy().T - end["value"].to_numpy())
+            axis.errorbar(
+                end["x"], end["value"], reach, capsize=2, elinewidth=0.9,
+                **look,
+                transform=axis.transData + ScaledTranslation(place * step, 0, axis.figure.dpi_scale_trans),
+            )  # fmt: skip
+        elif index == 0:
+            alpha = 0.15 if len(labels) <= 2 else 0.1
+            axis.fill_between(
+                line["x"], line["ci_low"], line["ci_high"], color=style["color"], alpha=alpha, linewidth=0
+            )
+        if index == 0 and against == "diversity" and not single[label]:
+            _write_values(axis, line, style["color"], below=labels.index(label) % 2 == 1)
+    axis.margins(x=0.12 if crowded else 0.05)
+    _set_ticks(axis, part, against, margin=0.12 if crowded else 0.02)
 
 
-def _ring(index: int) -> dict[str, Any]:
-    """Every other aggregator has rings around the filled markers of the one before: of equal lines both are seen."""
-    return {"markerfacecolor": "none", "markersize": 6.5} if index % 2 else {}
-
-
-def _draw_bars(axis: Axes, x: pd.Series, line: pd.DataFrame, style: Mapping[str, Any]) -> None:
-    """Draw points with error bars."""
-    reach = np.abs(line[["ci_low", "ci_high"]].to_numpy().T - line["value"].to_numpy())
-    axis.errorbar(x, line["value"], reach, capsize=2, elinewidth=0.9, **style)
-
-
-def _write_values(axis: Axes, line: pd.DataFrame, look: Look, *, below: bool) -> None:
+def _write_values(axis: Axes, line: pd.DataFrame, color: Any, *, below: bool) -> None:
     """Write the sampler's value above or below the points of a curve; not at each where there are many."""
     for point in line.iloc[:: math.ceil(len(line) / MAX_VALUES)].itertuples():
         axis.annotate(
             str(point.sampler_value), (point.x, point.value), (0, -5 if below else 5), textcoords="offset points",
-            ha="center", va="top" if below else "bottom", fontsize=7, color=look.color,
+            ha="center", va="top" if below else "bottom", fontsize=7, color=color,
         )  # fmt: skip
-
-
-def _beside(x: pd.Series, place: float, count: int, *, part: pd.DataFrame, against: str) -> pd.Series:
-    """Where bars that share a place on the x axis are drawn: side by side, within a seventh or a tenth of the axis."""
-    if _is_logarithmic(part, against):
-        octaves = math.log2(part["x"].max() / part["x"].min()) or OCTAVES
-        return x * 2 ** (place * min(0.12, 0.9 / count) * min(1, octaves / OCTAVES))
-    width = part["x"].max() - part["x"].min()
-    return x + place * (width * min(0.012, 0.1 / count) or 2 * _margin(x.max()) * min(0.05, 0.5 / count))
-
-
-def _margin(x: float) -> float:
-    """What an axis has on either side of its only place."""
-    return 0.2 * abs(x) or 0.1
 
 
 def _is_logarithmic(part: pd.DataFrame, against: str) -> bool:
@@ -422,28 +392,37 @@ def _is_logarithmic(part: pd.DataFrame, against: str) -> bool:
     return against == "n" or (against != "diversity" and part["x"].max() > 3 * part["x"].min() > 0)
 
 
-def _set_ticks(axis: Axes, part: pd.DataFrame, against: str) -> None:
-    """Ticks as people write them: the n that were drawn, 1-2-5 steps of costs, percent."""
+def _set_ticks(axis: Axes, part: pd.DataFrame, against: str, *, margin: float) -> None:
+    """Ticks as people write them: the n that were drawn, 1-2-5 steps of costs, percent.
+
+    Args:
+        axis: of the panel.
+        part: its rows.
+        against: the x axis.
+        margin: octaves at the sides of an axis of n, for each octave on it.
+    """
     from matplotlib import ticker
 
-    steps, low, high = [1, 2, 5, 10], part["x"].min(), part["x"].max()
+    low, high = part["x"].min(), part["x"].max()
+    steps = [1, 2, 5, 10]
+    locator: ticker.Locator = ticker.MaxNLocator(7, steps=steps)
     if against == "n":
+        sides = 2 ** (0.25 + margin * math.log2(high / low))
         axis.set_xscale("log", base=2)
-        margin = 0.25 + 0.02 * math.log2(high / low)
-        left, right = axis.dataLim.intervalx
-        axis.set_xlim(min(left, low) / 2**margin, max(right, high) * 2**margin)
-        axis.xaxis.set_major_locator(ticker.FixedLocator(_spaced(sorted(part["n"].unique()))))
+        axis.set_xlim(low / sides, high * sides)
+        locator = ticker.FixedLocator(_spaced(sorted(part["n"].unique())))
     elif _is_logarithmic(part, against):
         axis.set_xscale("log")
-        axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,), numticks=20))
-    else:
-        axis.xaxis.set_major_locator(ticker.MaxNLocator(7, steps=steps))
-    if low == high and against != "n":
-        axis.set_xlim(low - _margin(low), high + _margin(low))
-    axis.xaxis.set_minor_locator(ticker.NullLocator())
-    axis.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.10g}"))
-    axis.yaxis.set_major_locator(ticker.MaxNLocator(7, steps=steps))
-    axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda share, _: f"{100 * share:.6g}%"))
+        locator = ticker.LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,), numticks=20)
+    axis.xaxis.set(
+        major_locator=locator,
+        minor_locator=ticker.NullLocator(),
+        major_formatter=ticker.StrMethodFormatter("{x:,.10g}"),
+    )
+    axis.yaxis.set(
+        major_locator=ticker.MaxNLocator(7, steps=steps),
+        major_formatter=ticker.FuncFormatter(lambda share, _: f"{100 * share:.6g}%"),
+    )
     bottom, top = axis.get_ylim()
     axis.set_ylim(max(bottom, -0.02), min(top, 1.02))
     axis.grid(alpha=0.25, linewidth=0.6)
@@ -459,23 +438,12 @@ def _spaced(numbers: Sequence[int]) -> list[int]:
     return kept[::-1]
 
 
-def _share_scale(axes: Sequence[Axes]) -> None:
-    """Give the accuracies of different aggregators one scale."""
-    limits = [limit for axis in axes for limit in axis.get_ylim()]
-    for axis in axes:
-        axis.set_ylim(min(limits), max(limits))
-
-
 def _legend(looks: dict[str, Look], marks: dict[str, Look]) -> list[Artist]:
     """The legend's entries: curves, then aggregators that share a panel."""
     from matplotlib.lines import Line2D
 
-    curves = {label: look.marks() for label, look in looks.items()}
-    shared = {
-        name: look.marks() | {"color": look.color or "0.3"} | _ring(index)
-        for index, (name, look) in enumerate(marks.items())
-    }
-    return [Line2D([], [], label=name, **style) for name, style in [*curves.items(), *shared.items()]]
+    shared = {name: {"color": "0.3"} | look for name, look in marks.items()}
+    return [Line2D([], [], label=name, **look) for name, look in [*looks.items(), *shared.items()]]
 
 
 def _interval_handle(parts: Sequence[pd.DataFrame], marks: dict[str, Look], *, averaged: bool) -> Artist:
@@ -495,23 +463,23 @@ def _interval_handle(parts: Sequence[pd.DataFrame], marks: dict[str, Look], *, a
 
 def _title(points: pd.DataFrame, against: str) -> str:
     """What the figure is of: models, tasks, questions, seeds; said of all curves, or that they differ."""
-    models, tasks = points["model"].unique(), (points["task"] + "/" + points["split"]).str.rstrip("/").unique()
-    named = [str(models[0]) if len(models) == 1 else f"{len(models)} models"]
-    named.append(f"on {', '.join(tasks) if len(tasks) <= 3 else f'{len(tasks)} tasks'}")
-    sampler = [str(points["sampler"].iloc[0])] if _shared_sampler(points, against) else []
-    digests = points["questions_digest"].unique()
-    questions = f"{_range(points['questions'])} questions"
-    if len(digests) > len(tasks):
-        questions = f"{len(digests)} different sets of {questions}"
-    budgets = {_split_budget(str(text))["budget"] for text in points["budget"].fillna("").unique()}
-    rounds = [f"budget={name}" for name in budgets if len(budgets) == 1 and name not in ("", *PLAIN_BUDGETS)]
-    parts = [" ".join(named), *sampler, *rounds, questions]
-    seeds = points["seed"].unique()
-    counts = pd.Series([len(text.split(",")) for text in seeds])
-    one, several = f"seed {seeds[0]}", f"means over seeds {seeds[0].replace(',', ', ')}"
-    if len(seeds) > 1:
-        one, several = "different seeds", f"means over {_range(counts)} seeds"
-    parts.append(one if counts.max() == 1 else several)
+    models = points["model"].unique()
+    tasks = (points["task"] + "/" + points["split"]).str.rstrip("/").unique()
+    model = models[0] if len(models) == 1 else f"{len(models)} models"
+    parts = [f"{model} on {', '.join(tasks) if len(tasks) <= 3 else f'{len(tasks)} tasks'}"]
+    if _shared_sampler(points, against):
+        parts.append(points["sampler"].iloc[0])
+    budgets = {_split_budget(text)["budget"] for text in points["budget"].fillna("").unique()}
+    parts += [f"budget={name}" for name in budgets if len(budgets) == 1 and name not in ("", *PLAIN_BUDGETS)]
+    sets = points["questions_digest"].nunique()
+    parts.append(f"{f'{sets} different sets of ' if sets > len(tasks) else ''}{_range(points['questions'])} questions")
+    seeds = points["seed"].str.count(",") + 1
+    if points["seed"].nunique() == 1:
+        parts.append(
+            f"{'seed' if seeds.max() == 1 else 'means over seeds'} {points['seed'].iloc[0].replace(',', ', ')}"
+        )
+    else:
+        parts.append("different seeds" if seeds.max() == 1 else f"means over {_range(seeds)} seeds")
     if against == "diversity" and points["n"].nunique() == 1:
         parts.append(f"n = {points['n'].iloc[0]}")
     return printable(", ".join(parts))

@@ -277,7 +277,8 @@ def neighbour_embedding(values_XD: Float32, start_X2: Float64) -> Float64:
     """t-SNE (X, 2), begun at the principal components, so that nothing of it is random; zeros for fewer than four."""
     from sklearn.manifold import TSNE
 
-    count, width = len(values_XD), start_X2[:, 0].std()
+    count = len(values_XD)
+    width = start_X2[:, 0].std()
     if count < 4 or not width:
         return np.zeros((count, 2))
     start: Any = (1e-4 / width * start_X2).astype(np.float32)
@@ -302,7 +303,8 @@ def drift_and_spread(latents_NTD: Floats, steps_N: Int64, deterministic_TD: Floa
         spread (T): root mean square distance of rollouts from their mean. NaN where fewer than two rollouts, or the
         deterministic one, have no such latent.
     """
-    own_NT, anchor_TD = own_latents(steps_N, len(deterministic_TD)), deterministic_TD.astype(np.float64)
+    own_NT = own_latents(steps_N, len(deterministic_TD))
+    anchor_TD = deterministic_TD.astype(np.float64)
     size_T1 = np.linalg.norm(anchor_TD, axis=1, keepdims=True)
     offset_NTD = np.where(own_NT[..., None], (latents_NTD - anchor_TD) / np.where(size_T1, size_T1, np.nan), 0.0)
     count_T = np.where(own_NT.sum(0) > 1, own_NT.sum(0), np.nan)

@@ -203,12 +203,13 @@ def legend(question: TracedQuestion, drawn: LatentMap, signs: dict[str, str]) ->
 
 def timeline_lines(question: TracedQuestion, signs: dict[str, str]) -> Iterator[Text]:
     """The sweeps of a rollout, the one that best_of_n picks if there is one: a line per sweep."""
-    rollout, before = question.shown_rollout, 0
+    rollout = question.shown_rollout
     sweeps_S3 = question.rollouts.sweeps_3NS[:, rollout].T
     yield Text(
         f"sweeps of rollout {rollout}: {signs['commit']} final after it, {signs['conflict']} computed from a guess, "
         f"not final, {signs['kept']} final before"
     )
+    before = 0
     for sweep, (first, stop, final) in enumerate(sweeps_S3):
         if first < stop:
             line = Text(f"{sweep + 1:>4}  ")

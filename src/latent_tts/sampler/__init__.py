@@ -18,10 +18,14 @@ class Sampler(Protocol):
     Attributes:
         name: as shown in tables.
         param: the field that tables show as its parameter; None if there is none.
+        chooses_tokens: whether `token` chooses the answer tokens; otherwise the highest logit does.
+        needs_spread: whether it reads the standard deviations that the model's latent head predicts.
     """
 
     name: ClassVar[str]
     param: ClassVar[str | None] = None
+    chooses_tokens: ClassVar[bool] = False
+    needs_spread: ClassVar[bool] = False
 
     @property
     def value(self) -> float | str | None:
@@ -51,16 +55,6 @@ class Sampler(Protocol):
     @property
     def needs_donor(self) -> bool:
         """Whether it reads the latents of another question."""
-        return False
-
-    @property
-    def chooses_tokens(self) -> bool:
-        """Whether `token` chooses the answer tokens; otherwise the highest logit does."""
-        return False
-
-    @property
-    def needs_spread(self) -> bool:
-        """Whether it reads the standard deviations that the model's latent head predicts."""
         return False
 
     @property

@@ -32,6 +32,7 @@ class Native(Sampler):
 
     name: ClassVar[str] = "native"
     param: ClassVar[str | None] = "temperature"
+    needs_spread: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_fields("sampler", self, temperature="a finite number, 0 or more")
@@ -40,11 +41,6 @@ class Native(Sampler):
     def random_latents(self) -> bool:
         """True unless the temperature is 0."""
         return self.temperature > 0
-
-    @property
-    def needs_spread(self) -> bool:
-        """True: the noise has the predicted standard deviations."""
-        return True
 
     def latent(self, h_RD: Tensor, draw: Draw, step: int) -> Tensor:
         """`h + temperature * std * eps`, added in float32."""

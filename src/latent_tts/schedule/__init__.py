@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from latent_tts.errors import check_fields, require
@@ -60,19 +60,14 @@ class Counts:
         sweeps_R: passes after the prompt's that computed latents of the row.
         commits_R: latents found to be made from the latents that are final; 0 where a schedule does not check.
         conflicts_R: latents that were computed from others than those, and were computed again.
-        timeline: the sweeps in order, that of the prompt's pass included; None unless asked for. Schedules
-            that compute one latent after another add none.
+        timeline: the sweeps in order, that of the prompt's pass included. Schedules that compute one latent after
+            another add none.
     """
 
     sweeps_R: Tensor
     commits_R: Tensor
     conflicts_R: Tensor
-    timeline: list[Sweep] | None = None
-
-    @classmethod
-    def of_steps(cls, steps_R: Tensor, *, first_is_free: bool) -> Counts:
-        """Those of latents that are computed one after another, the first maybe by the prompt's pass."""
-        return cls((steps_R - int(first_is_free)).clamp(min=0), steps_R, steps_R * 0)
+    timeline: list[Sweep] = field(default_factory=list)
 
 
 class LatentSequence(Protocol):
@@ -81,24 +76,18 @@ class LatentSequence(Protocol):
     Attributes:
         latents_RTD: all latents; a schedule writes into it.
         counts: what the schedule counts; zeros at first.
+        total: T.
+        first_is_free: whether the prompt's pass made the first latent, so that `compute(0, 1)` runs no pass.
     """
 
     latents_RTD: Tensor
     counts: Counts
-
-    @property
-    def total(self) -> int:
-        """T."""
-        ...
+    total: int
+    first_is_free: bool
 
     @property
     def unfinished(self) -> bool:
         """Whether some row still lacks a latent."""
-        ...
-
-    @property
-    def first_is_free(self) -> bool:
-        """Whether the prompt's pass made the first latent, so that `compute(0, 1)` runs no pass."""
         ...
 
     def advance(self) -> Tensor:
@@ -116,7 +105,6 @@ class LatentSequence(Protocol):
                 is computed, in a sweep of its own if it is not free), or `sibling` (the latents of the question's first
                 rollout in the batch).
         """
-        ...
 
     def compute(self, first: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """Compute latents first..stop-1 (R, S, D) in one pass, each from the current values of those before it.
@@ -130,11 +118,9 @@ class LatentSequence(Protocol):
 
     def commit(self, first: int) -> None:
         """Finish: all latents are computed, and the inputs of those below `first` were run with their final values."""
-        ...
 
     def commit_until(self, steps_R: Tensor) -> None:
         """Finish: rows have as many latents as `steps_R` says; the inputs of all but the last were run as they are."""
-        ...
 
 
 class Schedule(Protocol):
@@ -176,11 +162,9 @@ class Schedule(Protocol):
         Raises:
             UsageError: it cannot.
         """
-        ...
 
     def run(self, latents: LatentSequence) -> None:
         """Compute all missing latents."""
-        ...
 
     def repeated_passes(self, latents: int) -> list[tuple[int, int]]:
         """Passes beyond those of `sequential`, for the cost of a rollout: (tokens, latents before them) of each.

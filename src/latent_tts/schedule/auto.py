@@ -48,11 +48,9 @@ class Plan:
 
     def choose(self, rows: int) -> Sequential | Speculative:
         """The schedule of a run whose batches have at most so many rows."""
-        if self.schedule is None:
-            log.info("schedule=auto: sequential, which the probe recommends")
-            return Sequential()
-        if rows > self.max_rows:
-            log.info("schedule=auto: sequential: %d rows, and by the probe over %d do not pay", rows, self.max_rows)
+        if self.schedule is None or rows > self.max_rows:
+            why = f"{rows} rows, and by the probe over {self.max_rows} do not pay"
+            log.info("schedule=auto: sequential: %s", why if self.schedule else "which the probe recommends")
             return Sequential()
         schedule = Speculative(**self.schedule)
         log.info("schedule=auto: %s, which the probe recommends for up to %d rows", schedule, self.max_rows)

@@ -124,8 +124,6 @@ class Beam(Search):
         """
         assert scorer is not None, "no scorer"
         assert reduction is not None, "no reduction"
-        assert all(list(job.rollouts) == list(range(self.beams)) for job in batch), "rollouts are not numbered by beams"
-        prompts = [job.prompt for job in batch]
         import torch
 
         from latent_tts.engine.packing import require_finite
@@ -133,9 +131,10 @@ class Beam(Search):
         from latent_tts.engine.sites import SiteHooks
         from latent_tts.random.draw import Draw
 
-        n, device, latents = self.beams * self.candidates, engine.device, engine.plan.latents
-        keys = torch.tensor([key_of(seed, f"{job.question_id} beams") for job in batch], device=device)
-        owner = torch.arange(len(prompts), device=device)[:, None]
+        prompts, ids = [job.prompt for job in batch], [job.question_id for job in batch]
+        questions, n, device = len(batch), self.beams * self.candidates, engine.device
+        keys = torch.tensor([key_of(seed, f"{question_id} beams") for question_id in ids], device=device)
+        first_row_Q1 = n * torch.arange(questions, device=device)[:, None]
 
         def draw_of(lineages_QC: Tensor) -> Draw:
             keys_R2 = keys.repeat_interleave(lineages_QC.shape[1], 0)
@@ -143,36 +142,29 @@ class Beam(Search):
 
         with torch.inference_mode(), SiteHooks(engine.lm, sampler) as hooks:
             candidate_C = torch.arange(n, device=device)
-            lineages_QC = children(torch.zeros(len(prompts), n, dtype=torch.long, device=device), 0, candidate_C)
+            lineages_QC = children(torch.zeros(questions, n, dtype=torch.long, device=device), 0, candidate_C)
+            kept_QB = candidate_C.expand(questions, n)
             rollouts = RolloutState.start(engine, prompts, draw_of(lineages_QC), hooks)
-            scores = scorer.open(prompts, n, latents)
-            so_far_QCT = torch.full((len(prompts), n, latents), float("nan"), dtype=torch.float64, device=device)
-            finite_Q = torch.ones(len(prompts), dtype=torch.bool, device=device)
-            for step in range(latents):
-                latent_RD = rollouts.advance()
-                step_score_QC = scorer.extend(scores, latent_RD[:, None]).view(len(prompts), n).to(device)
-                alive_QC = None if rollouts.thinking_R is None else rollouts.thinking_R.view(len(prompts), n)
-                finite_QC = step_score_QC.isfinite()
-                if alive_QC is not None:
-                    finite_QC |= ~alive_QC
-                    step_score_QC = step_score_QC.masked_fill(~alive_QC, float("nan"))
-                finite_Q &= finite_QC.all(1)
-                so_far_QCT[..., step] = step_score_QC
-                kept_QB = self._best(prefix_scores(so_far_QCT, reduction), alive_QC if step else None)
-                last = step == latents - 1
-                chosen_QC = kept_QB if last else kept_QB.repeat_interleave(self.candidates, 1)
-                rows = (owner * n + chosen_QC).flatten()
-                parents_QC = lineages_QC.gather(1, chosen_QC)
-                if not last:
-                    parents_QC = children(parents_QC, step + 1, candidate_C % self.candidates)
-                lineages_QC = parents_QC
-                rollouts = rollouts.fork(rows, draw_of(lineages_QC))
-                if not last:
-                    scores = scores.fork(rows)
-                    so_far_QCT = so_far_QCT.flatten(0, 1)[rows].view_as(so_far_QCT)
-            require_finite(
-                "step scores", finite_Q, [job.question_id for job in batch], scorer.backbone.dtype, "drawing rollouts"
-            )
+            scores = scorer.open(prompts, n, rollouts.total)
+            so_far_RT = torch.full((questions * n, rollouts.total), float("nan"), dtype=torch.float64, device=device)
+            finite_R = torch.ones(questions * n, dtype=torch.bool, device=device)
+            for step in range(rollouts.total):
+                if step:
+                    parents_QC = kept_QB.repeat_interleave(self.candidates, 1)
+                    lineages_QC = children(lineages_QC.gather(1, parents_QC), step, candidate_C % self.candidates)
+                    rows = (first_row_Q1 + parents_QC).flatten()
+                    rollouts, scores = rollouts.fork(rows, draw_of(lineages_QC)), scores.fork(rows)
+                    so_far_RT = so_far_RT[rows]
+                score_R = scorer.extend(scores, rollouts.advance()[:, None])[:, 0].to(device)
+                alive_R = torch.ones_like(finite_R) if rollouts.thinking_R is None else rollouts.thinking_R
+                finite_R &= score_R.isfinite() | ~alive_R
+                so_far_RT[:, step] = score_R.masked_fill(~alive_R, float("nan"))
+                rank_QC = prefix_scores(so_far_RT.view(questions, n, -1), reduction)
+                kept_QB = self._best(rank_QC, alive_R.view(questions, n) if step else None)
+            rows = (first_row_Q1 + kept_QB).flatten()
+            rollouts = rollouts.fork(rows, draw_of(lineages_QC.gather(1, kept_QB)))
+            finite_Q = finite_R.view(questions, n).all(1)
+            require_finite("step scores", finite_Q, ids, scorer.backbone.dtype, "drawing rollouts")
             return rollouts.decode_answers() if answers else rollouts.finish()
 
     def _best(self, rank_QC: Tensor, alive_QC: Tensor | None) -> Tensor:
