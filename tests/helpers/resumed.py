@@ -1,5 +1,7 @@
 """Checks that a resumed training run has the same weights as one that was never stopped."""
 
+import signal
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -35,7 +37,7 @@ def check_resume(recipe, adapter, folder, own: str) -> None:
 
     def stop(done, figures):
         if done == 3:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
     def run(name, **more):
         train(recipe, adapter, folder / name, optimization, valid=4, save_every=100, **more)

@@ -10,8 +10,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config
 
 from latent_tts.checkpoint.loading import name_body
+from latent_tts.engine.head import ModelLogits
 from latent_tts.errors import UsageError
-from latent_tts.training.reasoner.batch import Sequences, find_head, pad_rows
+from latent_tts.training.reasoner.batch import Sequences, check_computation, pad_rows
 from latent_tts.training.reasoner.initial import copy_checkpoint, load_trainable_lm
 from latent_tts.training.reasoner.lora import Lora
 from latent_tts.training.recompute import recomputing_blocks
@@ -47,19 +48,19 @@ def test_logits_after_latents_are_the_models_own(family, tmp_path):
     if family == "ctrl":
         pytest.skip("refused, see below")
     lm = trainable(family, tmp_path)
-    head_of = find_head(lm)
+    check_computation(lm)
     assert lm.training
     lm.eval()
     embed, rows = lm.get_input_embeddings(), Sequences(lm)
     prompt_QL, mask_QL = pad_rows(PROMPTS, 0, torch.device("cpu"), left=True)
-    latents_QTD = [rows.feed(embed(prompt_QL), mask_QL)[:, -1:]]
-    latents_QTD.append(rows.feed(latents_QTD[0]))
+    latents_QTD = [rows.feed(embed(prompt_QL), mask_QL).last_hidden_state[:, -1:]]
+    latents_QTD.append(rows.feed(latents_QTD[0]).last_hidden_state)
     tokens_QAD = embed(torch.tensor([[9, 8, 7], [6, 5, 4]]))
     vectors_QSD = torch.cat([latents_QTD[1], tokens_QAD], 1)
-    layers = rows.fork().feed_all_layers(vectors_QSD)
-    hidden_QSD = rows.feed(vectors_QSD)
+    layers = rows.fork().feed(vectors_QSD, every_layer=True).hidden_states
+    hidden_QSD = rows.feed(vectors_QSD).last_hidden_state
     torch.testing.assert_close(layers[-1], hidden_QSD)
-    logits_QAV = head_of(lm)(hidden_QSD)
+    logits_QAV = ModelLogits(lm)(hidden_QSD)
     for question, prompt in enumerate(PROMPTS):
         fed = [each[question] for each in (*latents_QTD, tokens_QAD)]
         vectors_1SD = torch.cat([embed(torch.tensor(prompt)), *fed])[None]
@@ -71,7 +72,7 @@ def test_a_model_that_training_does_not_compute_is_refused(tmp_path):
     lm = trainable("ctrl", tmp_path)
     words = r"init=CTRLLMHeadModel: training does not compute this model as it computes itself: hidden states are off"
     with pytest.raises(UsageError, match=words):
-        find_head(lm)
+        check_computation(lm)
 
 
 @pytest.mark.parametrize("family", RECOMPUTED)
@@ -83,9 +84,9 @@ def test_gradients_are_equal_when_activations_are_computed_again(family):
         lm.zero_grad()
         with recomputing_blocks(lm, wanted):
             rows = Sequences(lm)
-            latent_Q1D = rows.feed(embed(prompt_QL), mask_QL)[:, -1:]
-            other = rows.fork().feed(embed(torch.tensor([[9, 8], [6, 5]])))
-            hidden_Q1D = rows.feed(rows.feed(latent_Q1D))
+            latent_Q1D = rows.feed(embed(prompt_QL), mask_QL).last_hidden_state[:, -1:]
+            other = rows.fork().feed(embed(torch.tensor([[9, 8], [6, 5]]))).last_hidden_state
+            hidden_Q1D = rows.feed(rows.feed(latent_Q1D).last_hidden_state).last_hidden_state
             (hidden_Q1D.square().mean() + other.square().mean()).backward()
         gradients.append({name: p.grad.clone() for name, p in lm.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()

@@ -55,16 +55,10 @@ def test_passes_over_a_growing_cache_of_several_blocks_are_equal():
     def gradient(recompute):
         lm.zero_grad()
         rows = Sequences(lm)
-        if recompute:
-            with recomputing_blocks(lm):
-                states = [rows.feed(inputs), *(rows.feed(inputs[:, :1]) for _ in range(3))]
-                fork = rows.fork().feed(inputs)
-                states += [fork, rows.feed(inputs)]
-        else:
-            states = [rows.feed(inputs), *(rows.feed(inputs[:, :1]) for _ in range(3))]
-            fork = rows.fork().feed(inputs)
-            states += [fork, rows.feed(inputs)]
-        sum(state.square().sum() for state in states).backward()
+        with recomputing_blocks(lm, recompute):
+            outputs = [rows.feed(inputs), *(rows.feed(inputs[:, :1]) for _ in range(3))]
+            outputs += [rows.fork().feed(inputs), rows.feed(inputs)]
+        sum(output.last_hidden_state.square().sum() for output in outputs).backward()
         return [p.grad.clone() for p in lm.parameters() if p.grad is not None]
 
     assert all(map(torch.equal, gradient(True), gradient(False)))

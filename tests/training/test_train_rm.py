@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from dataclasses import replace
 
 import annotated
@@ -12,6 +13,7 @@ from marks import slow
 from refusal import check
 from safetensors.torch import load_file, save_file
 from tiny import prompts, reasoner
+from transformers.trainer_utils import EvalPrediction
 
 from latent_tts.errors import RunError, UsageError
 from latent_tts.results.annotations import AnnotationFolder
@@ -234,7 +236,8 @@ def test_collating_marks_what_is_not_there(checkpoint):
 def test_selection_takes_the_highest_score_and_of_equals_the_first():
     correct = np.array([[False, True, False], [True, False, False], [False, True, False]])
     scores = np.array([[0.0, 2.0, 1.0], [1.0, 1.0, 0.0], [1.0, 1.0, -np.inf]])
-    assert reward.selection_accuracy(scores, correct) == pytest.approx(2 / 3)
+    found = reward.selection_accuracy(EvalPrediction(scores, correct))
+    assert found == {"selection_accuracy": pytest.approx(2 / 3)}
 
 
 # --- the loop ---
@@ -278,7 +281,9 @@ class Crash(Exception):
 @pytest.mark.parametrize(("stop", "saved"), [slow(Crash, 4), (KeyboardInterrupt, 5)], ids=["crash", "ctrl-c"])
 def test_a_stopped_run_resumes_to_the_same_weights(folders, tmp_path, stop, saved):
     def stop_at_5(done, figures):
-        if done == 5:
+        if done == 5 and stop is KeyboardInterrupt:
+            signal.raise_signal(signal.SIGINT)
+        elif done == 5:
             raise stop
 
     with pytest.raises(stop):

@@ -30,13 +30,7 @@ from latent_tts.task.arith import Arith, words
 from latent_tts.training.reasoner import coconut
 from latent_tts.training.reasoner import train as training
 from latent_tts.training.reasoner.backbone import BackboneConfig
-from latent_tts.training.reasoner.batch import (
-    TokenBudget,
-    encode_batch,
-    micro_batch,
-    question_batches,
-    token_loss,
-)
+from latent_tts.training.reasoner.batch import encode_batch, question_batches, token_batches, token_loss
 from latent_tts.training.reasoner.curriculum import Stage, written_text
 from latent_tts.training.reasoner.optimization import ReasonerOptimization
 from latent_tts.training.reasoner.vocabulary import word_level_tokenizer
@@ -217,7 +211,9 @@ class Crash(Exception):
 @pytest.mark.parametrize(("stop", "saved"), [(Crash, 4), slow(KeyboardInterrupt, 5)], ids=["crash", "ctrl-c"])
 def test_a_stopped_run_resumes_to_the_same_weights(adapter, tmp_path, stop, saved):
     def stop_at_5(done, figures):
-        if done == 5:
+        if done == 5 and stop is KeyboardInterrupt:
+            signal.raise_signal(signal.SIGINT)
+        elif done == 5:
             raise stop
 
     with pytest.raises(stop) as stopped:
@@ -349,7 +345,8 @@ def lengths(question):
 
 
 def by_tokens(seed=0, parts=1, tokens=200, most=100):
-    return TokenBudget(most, tokens, parts, lengths, seed).batches(Arith("train", None, None, 0).stream())
+    stream = Arith("train", None, None, 0).stream()
+    return token_batches(stream, questions=most, tokens=tokens, parts=parts, lengths=lengths, seed=seed)
 
 
 @settings(derandomize=True, deadline=None, max_examples=10)
@@ -358,9 +355,10 @@ def test_batches_by_tokens_stay_below_their_limits_and_lose_no_question(tokens, 
     batches = list(islice(by_tokens(0, parts, tokens, most), 50))
     for batch in batches:
         assert parts <= len(batch) <= most
-        sizes = [lengths(question) for question in batch]
-        pieces = [micro_batch(sizes, part, parts) for part in range(parts)]
-        assert [size for piece in pieces for size in piece] == sizes
+        micro_batches = training.MicroBatches(iter([batch]), parts, 1)
+        questions = [micro_batches[part]["questions"] for part in range(parts)]
+        assert [question for piece in questions for question in piece] == batch
+        pieces = [list(map(lengths, piece)) for piece in questions]
         assert sum(len(piece) * sum(map(max, zip(*piece, strict=True))) for piece in pieces) <= tokens
     drawn = [question.id for batch in batches for question in batch]
     assert len(set(drawn)) == len(drawn)

@@ -13,7 +13,7 @@ from latent_tts.config.recorded import finish_sweep as finish_sweep  # hydra_plu
 from latent_tts.config.recorded import recorded, recorded_run
 from latent_tts.config.requests import run_request
 from latent_tts.errors import require
-from latent_tts.pipeline import replaying
+from latent_tts.pipeline import replaying, rescoring
 from latent_tts.pipeline.running import replacing_run
 from latent_tts.pipeline.spec import check_run
 from latent_tts.results import report
@@ -28,7 +28,7 @@ def main(cfg: DictConfig) -> None:
         UsageError: no complete run there, or the budget cannot be applied to it.
     """
     started, source = time.perf_counter(), Path(cfg.run).expanduser()
-    record = replaying.read_record(source)
+    record = rescoring.read_record(source)
     if cfg.scorer.range is not None:
         record["settings"]["scorer.range"] = list(cfg.scorer.range)
     of_run = record["config"]["n"]

@@ -129,7 +129,7 @@ class Cot(CheckpointAdapter):
         if self.prompt == PLAIN:
             _, sign, answer = answer_text.rpartition("#")
             return answer.strip() if sign else None
-        end = self._end_of_chain(answer_text)
+        end = MARKER.split(answer_text)[-1]
         boxed = _last_boxed(end)
         lines = [line.strip() for line in end.splitlines() if line.strip()]
         return boxed if boxed is not None else LEAD.sub("", lines[-1]).strip("*") if lines else None
@@ -139,16 +139,12 @@ class Cot(CheckpointAdapter):
         if self.prompt == PLAIN:
             return self.answer_span(answer_text)
         text = DASH.sub("-", MINUS.sub("-", answer_text))
-        end = self._end_of_chain(text)
+        end = MARKER.split(text)[-1]
         boxed = _last_boxed(end)
         if canonical_number(boxed) is not None:
             return boxed
         numbers = NUMBER.findall(end) or NUMBER.findall(text)
         return re.sub(SEPARATOR, "", numbers[-1]) if numbers else None
-
-    def _end_of_chain(self, answer_text: str) -> str:
-        """The text after the last `###`; all of it if there is none."""
-        return MARKER.split(answer_text)[-1]
 
 
 def _last_boxed(text: str) -> str | None:

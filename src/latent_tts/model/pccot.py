@@ -89,7 +89,7 @@ class Pccot(CheckpointAdapter):
         require(
             "model.answer_prompt",
             self.answer_prompt,
-            self._unknown_id is None or self._unknown_id not in self.thinking_end_ids,
+            self.tokenizer.token_to_id("<|unknown|>") not in self.thinking_end_ids,
             f"must be words in the vocabulary of {self.checkpoint}",
         )
 
@@ -104,15 +104,14 @@ class Pccot(CheckpointAdapter):
             UsageError: as for every family.
         """
         super().check()
-        trained = self.recorded.get("sweeps")
-        if not is_whole(trained):
+        if not is_whole(self.recorded.get("sweeps")):
             return
-        if trained != self.sweeps:
-            log.warning("model.sweeps=%d: %s was trained with %d", self.sweeps, self.checkpoint, trained)
-        known = self.recorded.get("known_first", False)
-        if known != self.known_first:
-            given, trained = as_typed(self.known_first), as_typed(known)
-            log.warning("model.known_first=%s: %s was trained with %s", given, self.checkpoint, trained)
+        for key, given in {"sweeps": self.sweeps, "known_first": self.known_first}.items():
+            trained = self.recorded.get(key, False)
+            if trained != given:
+                log.warning(
+                    "model.%s=%s: %s was trained with %s", key, as_typed(given), self.checkpoint, as_typed(trained)
+                )
 
     def check_tensors(self, shapes: Mapping[str, list[int]]) -> None:
         """Check that the projection, if there is one, is complete and has the width of the backbone.

@@ -31,7 +31,7 @@ class ArrivingVotes:
         """Take the answers of a batch, see `RunRequest.on_answers`, and show the votes of its questions."""
         adapter, rule = self._spec.adapter, self._spec.task.rule
         for (key, _), ids in zip(places, answer_ids, strict=True):
-            self._answers[key].append(rule.read(adapter.answer_text(list(ids)), adapter))
+            self._answers[key].append(adapter.read_answer(adapter.answer_text(list(ids)), rule))
         for key in dict.fromkeys(key for key, _ in places):
             answers = self._answers[key]
             votes = votes_text(count_votes(shared_forms(answers, rule.equal)), answers.count(None))

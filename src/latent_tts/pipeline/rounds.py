@@ -46,7 +46,7 @@ class AnswerReader:
         """The answer in some ids; None if it cannot be read."""
         with self._one_at_a_time:
             if ids not in self._read:
-                self._read[ids] = self._rule.read(self._adapter.answer_text(list(ids)), self._adapter)
+                self._read[ids] = self._adapter.read_answer(self._adapter.answer_text(list(ids)), self._rule)
             return self._read[ids]
 
 

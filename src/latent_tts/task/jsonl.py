@@ -30,11 +30,6 @@ LOST_BACKSLASH = re.compile(
     r"\f(?=rac|lo)|\x08(?=inom|egin|oxed|eta|ar\b)|\t(?=ext|imes|heta|frac|riangle)|\r(?=ight|angle)"
 )
 AFTER_ROW = re.compile(r"\s*(?:,|(?=\]))")  # of a list
-OTHER_KINDS = {  # by how a file begins
-    b"PAR1": "a Parquet file",
-    b"PK\x03\x04": "a zip or Excel file",
-    b"\x1f\x8b": "compressed, so its name must end in .gz",
-}
 JSON_LINES = """each line must be {"question": ..., "answer": ...}
 pandas writes such files by to_json(FILE, orient="records", lines=True)"""
 Row = tuple[str, Mapping[str, Any]]  # (its place, for errors; its fields)
@@ -121,11 +116,6 @@ def file_rows(path: str) -> Iterator[Row]:
     """
     file_path = Path(path).expanduser()
     try:
-        with file_path.open("rb") as file:
-            start = file.read(4)
-        found = next((what for sign, what in OTHER_KINDS.items() if start.startswith(sign)), None)
-        if found is not None and file_path.suffix != ".gz":
-            raise bad_value("task.path", path, f"is {found}; {JSON_LINES}")
         opened = gzip.open if file_path.suffix == ".gz" else open
         with opened(file_path, "rt", encoding="utf-8-sig") as file:
             if (text := file.read(PIECE).lstrip()).startswith("["):
@@ -144,7 +134,8 @@ def file_rows(path: str) -> Iterator[Row]:
                         raise UsageError(f"{where} is not JSON ({error}){hint}") from error
                     yield where, _checked(where, row)
     except UnicodeDecodeError as error:
-        raise bad_value("task.path", path, f"is not UTF-8 ({error}); save it as UTF-8") from error
+        why = f"is no text in UTF-8 ({error}); if it is compressed, its name must end in .gz; {JSON_LINES}"
+        raise bad_value("task.path", path, why) from error
     except (OSError, EOFError, zlib.error) as error:
         raise bad_value("task.path", path, f"cannot be read ({error})") from error
 

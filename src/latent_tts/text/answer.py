@@ -6,7 +6,6 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 from latent_tts.errors import check_fields, require
 from latent_tts.text import latex
@@ -19,16 +18,6 @@ AROUND = re.compile(
 )
 CHOICE = re.compile(r"\A\(?([a-z])[):]\Z")
 RULES = {"decimal": "a number", "latex": "a LaTeX expression with a value", "words": "a text"}
-
-
-class AnswerFormat(Protocol):
-    """Where a family of reasoners writes its answers; a part of `latent_tts.checkpoint.adapter.CheckpointAdapter`."""
-
-    def answer_span(self, answer_text: str) -> str | None:
-        """The part of a generated text that contains the answer, unchanged; None if there is none."""
-
-    def decimal_answer(self, answer_text: str) -> str | None:
-        """The number in a generated text, as the family's own evaluation reads it; None if there is none."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +47,6 @@ class AnswerRule:
     def guard(self) -> Guard:
         """The process that runs third-party grading code; only `latex` needs it."""
         return Guard(latex.EXPRESSIONS)
-
-    def read(self, answer_text: str, family: AnswerFormat) -> str | None:
-        """The canonical form of the answer in a generated text; None if it cannot be read.
-
-        Numbers are read as by the family's own evaluation; other answers are read from the text unchanged.
-        """
-        where = family.decimal_answer if self.name == "decimal" else family.answer_span
-        return self.parse(where(answer_text))
 
     def parse(self, raw: str | None) -> str | None:
         """The canonical form of an answer; None if it cannot be read."""

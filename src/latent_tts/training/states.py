@@ -6,11 +6,10 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from latent_tts.errors import bad_value, is_whole, require
+from latent_tts.errors import is_whole, require
 from latent_tts.results.files import launch_rank, write_text
 from latent_tts.types import file_digest, read_object
 
@@ -35,15 +34,11 @@ def claim(output: Path, settings: Mapping[str, Any]) -> None:
         settings: the JSON-able settings that a resumed run must share with the stopped one.
 
     Raises:
-        UsageError: the folder contains a run with other settings, or settings that cannot be read.
+        UsageError: the folder contains a run with other settings.
     """
     path, wanted = output / SETTINGS, json.loads(json.dumps({"format": FORMAT, **settings}))
     if path.is_file():
-        try:
-            found = json.loads(path.read_text())
-        except (OSError, ValueError, RecursionError) as error:
-            raise bad_value("output", output, f"{SETTINGS} cannot be read ({error})") from error
-        require("output", output, isinstance(found, dict), f"{SETTINGS} holds no settings")
+        found = read_object(path)
         for key in [*wanted, *found]:
             require(
                 "output",
@@ -84,9 +79,9 @@ def resumable_state(states: Path) -> Path | None:
     """The latest complete state; None if there is none.
 
     States that were not written completely are removed, since the Trainer would count them. Damaged ones, and those
-    whose best state is missing, are set aside.
+    whose best state is missing, are set aside. Processes of a launch call it in turn.
     """
-    for path in _saved(states):  # every process of a launch does this at the same time
+    for path in _saved(states):
         if not read_state(path):
             shutil.rmtree(path, ignore_errors=True)
         elif _is_damaged(path):
@@ -99,11 +94,9 @@ def resumable_state(states: Path) -> Path | None:
 def _set_aside(state: Path, why: str) -> None:
     """Rename a state, so that training does not resume from it."""
     aside = state.with_name(f"damaged-{state.name}")
-    if launch_rank() == 0:
-        log.warning("%s %s: it is now %s, and training resumes from an earlier state or anew", state, why, aside.name)
+    log.warning("%s %s: it is now %s, and training resumes from an earlier state or anew", state, why, aside.name)
     shutil.rmtree(aside, ignore_errors=True)
-    with suppress(OSError):  # another process was first
-        state.rename(aside)
+    state.rename(aside)
 
 
 def _saved(states: Path) -> list[Path]:
@@ -112,10 +105,8 @@ def _saved(states: Path) -> list[Path]:
 
 def _is_damaged(state: Path) -> bool:
     """Whether a file of a state is not as it was written; digests are missing if the process was killed before."""
-    path = state / DIGESTS
-    if not path.is_file():
+    if not (state / DIGESTS).is_file():
         return False
-    try:
-        return any(file_digest(state / name) != digest for name, digest in json.loads(path.read_text()).items())
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return True
+    digests = read_object(state / DIGESTS)
+    present = all((state / name).is_file() for name in digests)
+    return not (digests and present) or any(file_digest(state / name) != digests[name] for name in digests)

@@ -8,18 +8,15 @@ from __future__ import annotations
 import logging
 import math
 import os
-import pickle
 import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -30,15 +27,10 @@ from transformers.utils import logging as transformers_logging
 from latent_tts.checkpoint import files
 from latent_tts.checkpoint.loading import compute_exactly
 from latent_tts.engine.device import resolve_device
-from latent_tts.errors import RunError, UsageError, bad_value
+from latent_tts.errors import LatentTTSError, RunError, UsageError, bad_value, require
 from latent_tts.training.optimization import NO_LIMIT, Optimization
 from latent_tts.training.states import last_state, write_digests
 
-# what reading a state that is none raises
-UNREADABLE = (
-    *(RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError, OSError),
-    *(pickle.UnpicklingError, SafetensorError),
-)
 SHARDING = ("DEEPSPEED", "FSDP", "MEGATRON_LM")  # as in the variables of `accelerate launch`
 log = logging.getLogger(__name__)
 Report = Callable[[int, Mapping[str, float]], None]  # report(updates_done, figures), called after every update
@@ -98,9 +90,9 @@ def training_arguments(
             "device", device, f"must be auto, cpu or cuda: each of the {processes} processes uses its own device"
         )
     shares = processes * optimization.accumulation
-    if optimization.batch % shares:
-        factors = f"{processes} processes * optimization.accumulation={optimization.accumulation}"
-        raise bad_value("optimization.batch", optimization.batch, f"must be a multiple of {shares} ({factors})")
+    factors = f"{processes} processes * optimization.accumulation={optimization.accumulation}"
+    allowed = f"must be a multiple of {shares} ({factors})"
+    require("optimization.batch", optimization.batch, optimization.batch % shares == 0, allowed)
     arguments.per_device_train_batch_size = optimization.batch // shares
     arguments.per_device_eval_batch_size = optimization.batch
     return arguments
@@ -161,35 +153,26 @@ class ResumableTrainer(Trainer):
         states = Path(str(self.args.output_dir))
         if last is not None:
             log.info("resuming from %s", last)
-        try:
-            with self.updates.deferring_ctrl_c(), self._tensorboard(states / "tensorboard"):
-                self.train(resume_from_checkpoint=str(last) if last else None)
-        except UNREADABLE as error:
-            if last is None or self.updates.begun or isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise UsageError(
-                f"{last}: cannot be resumed from ({type(error).__name__}: {' '.join(str(error).split())[:100]})\n"
-                "remove it to resume from an earlier state or anew"
-            ) from error
+        # with a writer of its own, TensorBoard's thread ends however the training ends
+        with SummaryWriter(str(states / "tensorboard")) if self.is_world_process_zero() else nullcontext() as writer:
+            self.add_callback(TensorBoardCallback(writer))
+            try:
+                with self.updates.deferring_ctrl_c():
+                    self.train(resume_from_checkpoint=str(last) if last else None)
+            except Exception as error:  # reading a state that is none raises almost anything
+                if last is None or self.updates.begun or isinstance(error, LatentTTSError | torch.OutOfMemoryError):
+                    raise
+                raise UsageError(
+                    f"{last}: cannot be resumed from ({type(error).__name__}: {' '.join(str(error).split())[:100]})\n"
+                    "remove it to resume from an earlier state or anew"
+                ) from error
+        self.remove_callback(TensorBoardCallback)
         if self.updates.interrupted:
             update, total = self.state.global_step, self.state.max_steps
             of = f" of {total}" if total < NO_LIMIT else ""
             raise KeyboardInterrupt(
                 f"the state after update {update}{of} is saved in {states}; re-run the command to resume"
             )
-
-    @contextmanager
-    def _tensorboard(self, folder: Path) -> Iterator[None]:
-        """Log to TensorBoard within the block; its writer's thread ends with the block."""
-        writer = SummaryWriter(str(folder)) if self.is_world_process_zero() else None
-        board = TensorBoardCallback(writer)
-        self.add_callback(board)
-        try:
-            yield
-        finally:
-            self.remove_callback(board)
-            if writer is not None:
-                writer.close()  # Trainer closes it only at the end of a training
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save the trained weights; tied weights only once, as safetensors requires."""
@@ -206,10 +189,6 @@ class ResumableTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the trained weights of a state."""
         load_parameters(cast(nn.Module, self.model), Path(resume_from_checkpoint))
-
-    def _load_best_model(self) -> None:
-        """Load the trained weights of the best state."""
-        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
 def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -242,9 +221,6 @@ class _UpdateCallback(TrainerCallback):
     @contextmanager
     def deferring_ctrl_c(self) -> Iterator[None]:
         """Defer Ctrl-C within the block until the end of an update, when all weights belong to the same update."""
-        if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
-            yield
-            return
 
         def note(number: int, frame: FrameType | None) -> None:
             # with a launcher, processes receive the same Ctrl-C twice: from the terminal and from the launcher
@@ -273,10 +249,7 @@ class _UpdateCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         losses, self.trainer.micro_losses = self.trainer.micro_losses, []
-        try:
-            self.report(state.global_step, self.logged | {"loss": sum(losses) / len(losses)})
-        except KeyboardInterrupt:
-            self.interrupted = True
+        self.report(state.global_step, self.logged | {"loss": sum(losses) / len(losses)})
         self.interrupted = any(gather_object([self.interrupted]))  # all processes act on it after the same update
         if self.interrupted:
             control.should_save = control.should_training_stop = True

@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.engine.head import ModelLogits
 from latent_tts.engine.proof import LATENTS, LOG_PROBABILITIES
-from latent_tts.errors import bad_value, require
+from latent_tts.errors import require
 from latent_tts.random.philox import Stream, key_of, philox
 from latent_tts.training.reasoner.curriculum import Stage, step_results, written_text
 from latent_tts.types import Question
@@ -34,83 +34,58 @@ def question_batches(stream: Iterator[Question], batch: int) -> Iterator[list[Qu
             yield pool[index * batch : (index + 1) * batch]
 
 
-@dataclass(frozen=True)
-class TokenBudget:
-    """How many questions an update takes.
+def token_batches(
+    stream: Iterator[Question],
+    *,
+    questions: int,
+    tokens: int,
+    parts: int,
+    lengths: Callable[[Question], tuple[int, int]],
+    seed: int,
+) -> Iterator[list[Question]]:
+    """Batches of questions of like length, by their tokens; they lose no question.
 
-    Attributes:
-        questions: at most.
-        tokens: at most, padding included.
+    Questions for about `BATCHES_PER_POOL` batches are sorted by length and cut, longest and shortest first in turns.
+    What is too little for a batch comes first among the next ones. The order of the batches is keyed.
+
+    Args:
+        stream: endless questions.
+        questions: of a batch, at most.
+        tokens: of a batch, at most, padding included.
         parts: micro-batches of an update in all processes; each has a question at least.
         lengths: the tokens of a question's prompt, and of what may follow it.
         seed: of the order of batches.
+
+    Raises:
+        UsageError: a question is so long that an update would have too few.
     """
-
-    questions: int
-    tokens: int
-    parts: int
-    lengths: Callable[[Question], tuple[int, int]]
-    seed: int
-
-    def batches(self, stream: Iterator[Question]) -> Iterator[list[Question]]:
-        """Batches of questions of like length, which lose no question.
-
-        Questions for about `BATCHES_PER_POOL` batches are sorted by length and cut, longest and shortest first in
-        turns. What is too little for a batch comes first among the next ones. The order of the batches is keyed.
-
-        Raises:
-            UsageError: a question is so long that an update would have too few.
-        """
-        left: list[Question] = []
-        for pool_number in count():
-            pool, taken = left, 0
-            while taken < BATCHES_PER_POOL * self.tokens and len(pool) < BATCHES_PER_POOL * self.questions:
-                question = next(stream)
-                self.check(question)
-                pool.append(question)
-                taken += sum(self.lengths(question))
-            batches, left = self._cut(pool, longest_first=pool_number % 2 == 0)
-            key = key_of(self.seed, "batches")
-            draws = [philox((place, pool_number, 0, int(Stream.TRAINING)), key)[:2] for place in range(len(batches))]
-            yield from (batches[place] for place in sorted(range(len(batches)), key=draws.__getitem__))
-
-    def check(self, question: Question) -> None:
-        """Check that a batch of questions as long as this one has a question per micro-batch.
-
-        Raises:
-            UsageError: it has not.
-        """
-        needed = self.parts * sum(self.lengths(question))
-        require(
-            "optimization.batch_tokens",
-            self.tokens,
-            needed <= self.tokens,
-            f"must be {needed} or more: question {question.quoted} with "
-            f"its steps and latents has {needed // self.parts} tokens, and an update has {self.parts} "
-            "micro-batches",
-        )
-
-    def _cut(self, pool: list[Question], *, longest_first: bool) -> tuple[list[list[Question]], list[Question]]:
-        """The batches of a pool, and the questions that are left."""
-        batches: list[list[Question]] = []
-        current: list[Question] = []
-        longest = (0, 0)
-        pool = sorted(pool, key=lambda question: (sum(self.lengths(question)), question.id), reverse=longest_first)
-        for question in pool:
-            prompt, rest = self.lengths(question)
-            wider = max(longest[0], prompt), max(longest[1], rest)
-            full = len(current) == self.questions or (len(current) + 1) * sum(wider) > self.tokens
-            if full and len(current) >= self.parts:
-                batches.append(current)
-                current, wider = [], (prompt, rest)
-            current.append(question)
-            longest = wider
-        return batches, current
-
-
-def micro_batch(batch: list[Question], part: int, parts: int) -> list[Question]:
-    """One of the parts of a batch, as equal as can be."""
-    return batch[part * len(batch) // parts : (part + 1) * len(batch) // parts]
+    left: list[tuple[int, int, Question]] = []
+    for pool_number in count():
+        pool, taken = left, 0
+        while taken < BATCHES_PER_POOL * tokens and len(pool) < BATCHES_PER_POOL * questions:
+            question = next(stream)
+            prompt, rest = lengths(question)
+            require(
+                "optimization.batch_tokens",
+                tokens,
+                parts * (prompt + rest) <= tokens,
+                f"must be {parts * (prompt + rest)} or more: question {question.quoted} with its steps and latents has "
+                f"{prompt + rest} tokens, and an update has {parts} micro-batches",
+            )
+            pool.append((prompt, rest, question))
+            taken += prompt + rest
+        pool.sort(key=lambda item: (item[0] + item[1], item[2].id), reverse=pool_number % 2 == 0)
+        batches, left, longest = [], [], (0, 0)
+        for prompt, rest, question in pool:
+            longest = max(longest[0], prompt), max(longest[1], rest)
+            full = len(left) == questions or (len(left) + 1) * sum(longest) > tokens
+            if full and len(left) >= parts:
+                batches.append([each for _, _, each in left])
+                left, longest = [], (prompt, rest)
+            left.append((prompt, rest, question))
+        key = key_of(seed, "batches")
+        draws = [philox((place, pool_number, 0, int(Stream.TRAINING)), key)[:2] for place in range(len(batches))]
+        yield from (batches[place] for place in sorted(range(len(batches)), key=draws.__getitem__))
 
 
 def pad_rows(rows: list[list[int]], pad_id: int, device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
@@ -180,23 +155,20 @@ class Sequences:
         self.lm, self.cache = lm, DynamicCache()
         self.mask: Tensor | None = None
 
-    def feed(self, embeddings_QSD: Tensor, mask_QS: Tensor | None = None) -> Tensor:
-        """Append S vectors to every row (all real without a mask); returns their final hidden states (Q, S, D)."""
-        return self._run(embeddings_QSD, mask_QS, every_layer=False).last_hidden_state
+    def feed(self, embeddings_QSD: Tensor, mask_QS: Tensor | None = None, *, every_layer: bool = False) -> Any:
+        """Append S vectors to every row (all real without a mask).
 
-    def feed_all_layers(self, embeddings_QSD: Tensor, mask_QS: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Append S vectors like `feed`; returns the outputs (Q, S, D) of all blocks, the last one normalised."""
-        return self._run(embeddings_QSD, mask_QS, every_layer=True).hidden_states[1:]
-
-    def _run(self, embeddings_QSD: Tensor, mask_QS: Tensor | None, *, every_layer: bool):
+        Returns:
+            The output of the model without its head: `last_hidden_state` (Q, S, D), and for `every_layer` also
+            `hidden_states`, the embeddings and the outputs (Q, S, D) of all blocks, the last one normalised.
+        """
         if mask_QS is None:
             mask_QS = torch.ones(embeddings_QSD.shape[:2], dtype=torch.long, device=embeddings_QSD.device)
         self.mask = mask_QS if self.mask is None else torch.cat([self.mask, mask_QS], dim=1)
-        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -embeddings_QSD.shape[1] :]
         return self.lm.base_model(
             inputs_embeds=embeddings_QSD,
             attention_mask=self.mask,
-            position_ids=positions,
+            position_ids=(self.mask.cumsum(1) - 1).clamp(min=0)[:, -embeddings_QSD.shape[1] :],
             past_key_values=self.cache,
             use_cache=True,
             output_hidden_states=every_layer,
@@ -211,11 +183,11 @@ class Sequences:
 
 
 @torch.no_grad()
-def find_head(lm: PreTrainedModel) -> Callable[[PreTrainedModel], nn.Module]:
-    """What gives the module that makes logits of a model's final hidden states.
+def check_computation(lm: PreTrainedModel) -> None:
+    """Check that training computes a model as it computes itself.
 
-    That is the LM head, or all that the model does to logits where that is more. It is not looked up but tried: two
-    padded prompts, a latent and two tokens go through `Sequences` and through the model's own forward pass.
+    Two padded prompts, a latent and two tokens go through `Sequences` and `ModelLogits`, and through the model's own
+    forward pass.
 
     Args:
         lm: in float32 on a CPU, in training mode.
@@ -230,9 +202,9 @@ def find_head(lm: PreTrainedModel) -> Callable[[PreTrainedModel], nn.Module]:
         [[token % vocabulary for token in ids] for ids in PROOF_PROMPTS], 0, lm.device, left=True
     )
     rows = Sequences(lm)
-    latent_Q1D = rows.feed(embed(prompt_QL), mask_QL)[:, -1:]
+    latent_Q1D = rows.feed(embed(prompt_QL), mask_QL).last_hidden_state[:, -1:]
     fed_QSD = torch.cat([latent_Q1D, embed(torch.tensor(PROOF_TOKENS) % vocabulary)], dim=1)
-    hidden_QSD = torch.cat([rows.feed(latent_Q1D), rows.feed(fed_QSD[:, 1:])], dim=1)
+    hidden_QSD = torch.cat([rows.feed(part).last_hidden_state for part in (latent_Q1D, fed_QSD[:, 1:])], dim=1)
     seen: list[Any] = []
     hook = lm.base_model.register_forward_hook(lambda _module, _args, output: seen.append(output.last_hidden_state))
     try:
@@ -242,29 +214,21 @@ def find_head(lm: PreTrainedModel) -> Callable[[PreTrainedModel], nn.Module]:
             logits.append(lm(inputs_embeds=vectors_1SD, use_cache=False).logits[:, -fed_QSD.shape[1] :])
     finally:
         hook.remove()
-        lm.train()
     own_QSD = torch.cat([each[:, -fed_QSD.shape[1] :] for each in seen])
+    why = "training does not compute this model as it computes itself:"
     apart = float((hidden_QSD - own_QSD).abs().max() / own_QSD.abs().max())
-    problem = "" if apart <= LATENTS else f"hidden states are off by {apart:.1g} of their largest value"
-    logprobs_QSV = torch.cat(logits).log_softmax(-1)
-    for head_of in (own_head, ModelLogits):
-        apart = float((head_of(lm)(hidden_QSD).log_softmax(-1) - logprobs_QSV).abs().max())
-        if not problem and apart <= LOG_PROBABILITIES:
-            return head_of
-    why = problem or f"log-probabilities are off by {apart:.1g}"
-    raise bad_value("init", type(lm).__name__, f"training does not compute this model as it computes itself: {why}")
-
-
-def own_head(lm: PreTrainedModel) -> nn.Module:
-    """The LM head."""
-    return cast(nn.Module, lm.get_output_embeddings())
+    allowed = f"{why} hidden states are off by {apart:.1g} of their largest value"
+    require("init", type(lm).__name__, apart <= LATENTS, allowed)
+    logprobs_QSV = ModelLogits(lm)(hidden_QSD).log_softmax(-1)
+    apart = float((logprobs_QSV - torch.cat(logits).log_softmax(-1)).abs().max())
+    require("init", type(lm).__name__, apart <= LOG_PROBABILITIES, f"{why} log-probabilities are off by {apart:.1g}")
+    lm.train()
 
 
 def step_results_loss(
     prompts: Sequences,
     thoughts_QTD: Tensor,
     next_latent: Callable[[Tensor], Tensor],
-    head: Callable[[Tensor], Tensor],
     batch: TokenBatch,
 ) -> Tensor:
     """Mean cross-entropy of the tokens of the result of each latent's step.
@@ -278,10 +242,9 @@ def step_results_loss(
         prompts: rows that end with the prompts; not changed.
         thoughts_QTD: final hidden states of which the latents are made.
         next_latent: makes them.
-        head: the LM head.
         batch: with the results.
     """
-    steps, length = batch.results_QTR.shape[1:]
+    head, (steps, length) = ModelLogits(prompts.lm), batch.results_QTR.shape[1:]
     logits_QTRV = head(thoughts_QTD)[:, :, None]
     if length == 1:
         return token_loss(logits_QTRV, batch.results_QTR)
@@ -290,5 +253,5 @@ def step_results_loss(
         ids_QS = batch.results_QTR[:, step, :-1]
         mask_QS = F.pad((ids_QS != -100).long(), (step, 0), value=1)
         inputs_QSD = torch.cat([latents_QTD[:, :step], embed(ids_QS.clamp(min=0))], dim=1)
-        rest.append(head(prompts.fork().feed(inputs_QSD, mask_QS)[:, step:]))
+        rest.append(head(prompts.fork().feed(inputs_QSD, mask_QS).last_hidden_state[:, step:]))
     return token_loss(torch.cat([logits_QTRV, torch.stack(rest, dim=1)], dim=2), batch.results_QTR)

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
+from latent_tts.engine.head import ModelLogits
 from latent_tts.training.reasoner.batch import (
     Sequences,
     TokenBatch,
+    check_computation,
     encode_batch,
-    find_head,
     step_results_loss,
     token_loss,
 )
@@ -28,13 +29,12 @@ class CoconutObjective:
         lm: the causal LM in training.
         own: empty, since COCONUT adds no modules.
         next_latent: turns a final hidden state into the next latent.
-        head_of: what makes logits of final hidden states, see `find_head`.
     """
 
     def __init__(self, adapter: CheckpointAdapter, step_loss: float) -> None:
         self.adapter, self.step_loss = adapter, step_loss
         self.lm = load_trainable_lm(adapter.folder)
-        self.head_of = find_head(self.lm)
+        check_computation(self.lm)
         self.own = nn.ModuleDict()
         self.next_latent: Callable[[Tensor], Tensor] = lambda hidden: hidden
 
@@ -52,7 +52,7 @@ class CoconutObjective:
         """
         thoughts = [hidden_Q1D]
         for _ in range(latents - 1):
-            thoughts.append(rows.feed(self.next_latent(thoughts[-1])))
+            thoughts.append(rows.feed(self.next_latent(thoughts[-1])).last_hidden_state)
         return self.next_latent(thoughts[-1]), torch.cat(thoughts, dim=1)
 
     def logits(self, batch: TokenBatch, latents: int) -> tuple[Tensor, Tensor, Sequences]:
@@ -69,15 +69,16 @@ class CoconutObjective:
         before_QSD, mask_QS, prompts = embed(batch.prompt_QL), batch.prompt_mask_QL, rows
         thoughts_QTD = before_QSD[:, :0]
         if latents:
-            hidden_Q1D = rows.feed(before_QSD, mask_QS)[:, -1:]
+            hidden_Q1D = rows.feed(before_QSD, mask_QS).last_hidden_state[:, -1:]
             prompts = rows.fork() if batch.results_QTR.shape[2] > 1 else rows
             before_QSD, thoughts_QTD = self.think(rows, hidden_Q1D, latents)
             mask_QS = mask_QS.new_ones(before_QSD.shape[:2])
         # the latents that were not run (or the prompt, if there are none) and the written text need only one pass
         embeddings_QSD = torch.cat([before_QSD, embed(batch.written_QA[:, :-1])], dim=1)
-        hidden_QSD = rows.feed(embeddings_QSD, torch.cat([mask_QS, batch.written_mask_QA[:, :-1]], dim=1))
+        mask_QS = torch.cat([mask_QS, batch.written_mask_QA[:, :-1]], dim=1)
+        hidden_QSD = rows.feed(embeddings_QSD, mask_QS).last_hidden_state
         written = batch.written_QA.shape[1] - batch.forced
-        return self.head_of(self.lm)(hidden_QSD[:, -written:]), thoughts_QTD, prompts
+        return ModelLogits(self.lm)(hidden_QSD[:, -written:]), thoughts_QTD, prompts
 
     def loss(self, questions: list[Question], stage: Stage) -> Tensor:
         """The cross-entropy of the written tokens, plus `step_loss` times `step_results_loss` if there are latents."""
@@ -85,7 +86,7 @@ class CoconutObjective:
         written, thoughts_QTD, prompts = self.logits(batch, stage.latents)
         loss = token_loss(written, batch.targets_QA)
         if stage.latents and self.step_loss:
-            results = step_results_loss(prompts, thoughts_QTD, self.next_latent, self.head_of(self.lm), batch)
+            results = step_results_loss(prompts, thoughts_QTD, self.next_latent, batch)
             loss = loss + self.step_loss * results
         return loss
 

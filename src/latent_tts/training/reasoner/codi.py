@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from latent_tts.checkpoint import loading
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.checkpoint.modules import codi_projector
+from latent_tts.engine.head import ModelLogits
 from latent_tts.errors import require
 from latent_tts.model.codi import PROJECTOR
 from latent_tts.training.reasoner.batch import (
@@ -116,28 +117,29 @@ class CodiObjective(CoconutObjective):
         student = encode_batch(self.adapter, questions, stage, self.lm.device)
         teacher = encode_batch(self.adapter, questions, written_stage, self.lm.device)
         rows = Sequences(self.lm)
-        hidden_Q1D = rows.feed(embed(student.prompt_QL), student.prompt_mask_QL)[:, -1:]
+        hidden_Q1D = rows.feed(embed(student.prompt_QL), student.prompt_mask_QL).last_hidden_state[:, -1:]
         prompts = rows.fork() if recipe.step_loss and student.results_QTR.shape[2] > 1 else rows
-        layers = rows.fork().feed_all_layers(embed(teacher.written_QA[:, :-1]), teacher.written_mask_QA[:, :-1])
+        written_QAD, mask_QA = embed(teacher.written_QA[:, :-1]), teacher.written_mask_QA[:, :-1]
+        layers = rows.fork().feed(written_QAD, mask_QA, every_layer=True).hidden_states[1:]
         teacher_loss = self._written_loss(layers[-1], teacher)
         before = self._before_answer(layers, questions, written_stage)
         latents_QSD, thoughts_QTD = self.think(rows, hidden_Q1D, stage.latents)
         pending = latents_QSD.shape[1]
         embeddings = torch.cat([latents_QSD, embed(student.written_QA[:, :-1])], dim=1)
         mask = F.pad(student.written_mask_QA[:, :-1], (pending, 0), value=1)
-        layers = [layer[:, pending:] for layer in rows.feed_all_layers(embeddings, mask)]
+        layers = [layer[:, pending:] for layer in rows.feed(embeddings, mask, every_layer=True).hidden_states[1:]]
         loss = self._written_loss(layers[-1], student) + recipe.teacher_weight * teacher_loss
         if recipe.distill_weight:
             distance = alignment(self._before_answer(layers, questions, stage), before, recipe.distill_loss)
             loss = loss + recipe.distill_weight * distance
         if recipe.step_loss:
-            results = step_results_loss(prompts, thoughts_QTD, self.next_latent, self.head_of(self.lm), student)
+            results = step_results_loss(prompts, thoughts_QTD, self.next_latent, student)
             loss = loss + recipe.step_loss * results
         return loss
 
     def _written_loss(self, hidden_QAD: Tensor, batch: TokenBatch) -> Tensor:
         """The cross-entropy from the hidden states of all written tokens except the last."""
-        return token_loss(self.head_of(self.lm)(hidden_QAD[:, batch.forced - 1 :]), batch.targets_QA)
+        return token_loss(ModelLogits(self.lm)(hidden_QAD[:, batch.forced - 1 :]), batch.targets_QA)
 
     def _before_answer(self, layers, questions: list[Question], stage: Stage) -> list[Tensor]:
         """Per layer, the hidden states (Q, D) at the token before the answer, selected from those of written tokens."""

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from latent_tts.checkpoint import files, loading
 from latent_tts.checkpoint.modules import colar_head
+from latent_tts.engine.head import ModelLogits
 from latent_tts.engine.proof import prove_reasoner
 from latent_tts.engine.rollout import Engine, RolloutPlan
 from latent_tts.model.colar import HEAD, Colar
 from latent_tts.random.draw import Draw
 from latent_tts.sampler.greedy import Greedy
-from latent_tts.training.reasoner.batch import Sequences, find_head, pad_rows
+from latent_tts.training.reasoner.batch import Sequences, check_computation, pad_rows
 from latent_tts.training.reasoner.curriculum import Stage
 from latent_tts.training.reasoner.initial import add_tensors, embedding_table, has_tensors, load_trainable_lm
 from latent_tts.types import Computation, Question, Reasoner
@@ -116,7 +117,6 @@ class ColarObjective:
     Attributes:
         lm: the causal LM in training.
         own: the latent head.
-        head_of: what makes logits of final hidden states, see `find_head`.
         computation: how the engine computes the model; None before it has.
         latent_weight, latent_noise: as in the recipe.
     """
@@ -124,7 +124,7 @@ class ColarObjective:
     def __init__(self, adapter: Colar, latent_weight: float, latent_noise: float) -> None:
         self.adapter, self.latent_weight, self.latent_noise = adapter, latent_weight, latent_noise
         self.lm = load_trainable_lm(adapter.folder)
-        self.head_of = find_head(self.lm)
+        check_computation(self.lm)
         tensors = loading.load_tensors(adapter.folder, HEAD)
         self.head = colar_head(adapter.width, tensors["fc.0.bias"].shape[0], spread="log_std.bias" in tensors)
         self.head.load_state_dict(tensors)
@@ -148,9 +148,9 @@ class ColarObjective:
             fed_QSD = gold_QSD + noise_QSD * slots.latent_QS[..., None]
         rows = Sequences(self.lm)
         embeddings = torch.cat([embed(prompt_QL), fed_QSD[:, :-1]], dim=1)
-        hidden = rows.feed(embeddings, torch.cat([prompt_mask_QL, slots.mask_QS[:, :-1]], dim=1))
+        hidden = rows.feed(embeddings, torch.cat([prompt_mask_QL, slots.mask_QS[:, :-1]], dim=1)).last_hidden_state
         hidden_QSD = hidden[:, prompt_QL.shape[1] - 1 :]
-        loss = bag_cross_entropy(self.head_of(self.lm)(hidden_QSD), slots)
+        loss = bag_cross_entropy(ModelLogits(self.lm)(hidden_QSD), slots)
         if self.latent_weight:
             features = self.head["fc"](hidden_QSD[slots.latent_QS])
             gap = self.head["mean"](features).float() - gold_QSD[slots.latent_QS].detach().float() / std

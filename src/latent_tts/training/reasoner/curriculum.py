@@ -80,13 +80,6 @@ class Recipe(Protocol):
         """The stages in order."""
         ...
 
-    def check(self, adapter: CheckpointAdapter) -> None:
-        """Check that the adapter fits the recipe.
-
-        Raises:
-            UsageError: it does not.
-        """
-
     def add_own_tensors(self, folder: Path, seed: int) -> None:
         """Add the family's own tensors to a checkpoint, unless it has them (imports torch)."""
 
@@ -137,14 +130,9 @@ class Staged(Recipe):
     def __post_init__(self) -> None:
         kinds = dict.fromkeys(("written_updates", "final_updates"), "an integer, 0 or more")
         check_fields("recipe", self, **kinds, final_dropout="a number in [0, 1), or null")
-        listed = isinstance(self.stage_updates, list)
-        require(
-            "recipe.stage_updates", self.stage_updates, listed, "must be a list of numbers of updates, as in [100,100]"
-        )
-        for updates in self.stage_updates:
-            require(
-                "recipe.stage_updates", updates, is_whole(updates) and updates >= 0, "must be an integer, 0 or more"
-            )
+        updates = self.stage_updates
+        listed = isinstance(updates, list) and all(is_whole(each) and each >= 0 for each in updates)
+        require("recipe.stage_updates", updates, listed, "must be a list of numbers of updates, as in [100,100]")
 
     def check_latents(self) -> None:
         """Check that there are latents, and as many as stages that each add one.

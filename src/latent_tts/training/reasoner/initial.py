@@ -110,13 +110,11 @@ def add_words(folder: Path, words: tuple[str, ...], seed: int) -> None:
     new = word_level_tokenizer([*sorted(vocabulary, key=vocabulary.__getitem__), *words])
     lm = load_trainable_lm(folder)
     torch.manual_seed(seed)
-    kept = [(index, old.token_to_id(token)) for token, index in sorted(new.get_vocab().items(), key=lambda x: x[1])]
+    kept = {index: old.token_to_id(token) for token, index in new.get_vocab().items() if token in old.get_vocab()}
     for layer in (lm.get_input_embeddings(), lm.get_output_embeddings()):
         assert isinstance(layer, nn.Embedding | nn.Linear)
         rows = torch.randn(new.get_vocab_size(), layer.weight.shape[1]) * lm.config.initializer_range
-        for index, old_index in kept:
-            if old_index is not None:
-                rows[index] = layer.weight.data[old_index]
+        rows[list(kept)] = layer.weight.data[list(kept.values())]
         layer.weight = nn.Parameter(rows)
         lm.tie_weights()
     lm.config.vocab_size = new.get_vocab_size()

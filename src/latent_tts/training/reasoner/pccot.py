@@ -77,6 +77,6 @@ class PccotObjective(CodiObjective):
         if self.known_first:
             latents_QTD = torch.cat([self.next_latent(hidden_Q1D), latents_QTD[:, 1:]], dim=1)
         for _ in range(self.sweeps):
-            before_QTD = torch.cat([hidden_Q1D, rows.fork().feed(latents_QTD)[:, :-1]], dim=1)
+            before_QTD = torch.cat([hidden_Q1D, rows.fork().feed(latents_QTD).last_hidden_state[:, :-1]], dim=1)
             latents_QTD = self.next_latent(before_QTD)
         return latents_QTD, before_QTD

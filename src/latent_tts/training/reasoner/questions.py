@@ -192,14 +192,10 @@ def check_lengths(questions: Sequence[Question], adapter: CheckpointAdapter, lat
             )
 
 
-def normalise(text: str) -> str:
-    """A text without what copies of a set differ in: case, spaces and quotes."""
-    return " ".join(unicodedata.normalize("NFKC", text).translate(QUOTES).casefold().split())
-
-
 def digest_of(text: str) -> str:
-    """What stands for a question in `known_questions.txt`."""
-    return hashlib.sha256(normalise(text).encode()).hexdigest()[:DIGITS]
+    """What stands for a question in `known_questions.txt`, whatever its case, spaces and quotes."""
+    normalised = " ".join(unicodedata.normalize("NFKC", text).translate(QUOTES).casefold().split())
+    return hashlib.sha256(normalised.encode()).hexdigest()[:DIGITS]
 
 
 def find_known_set(text: str) -> tuple[str, str] | None:

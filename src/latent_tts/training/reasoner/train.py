@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from latent_tts.random.philox import Stream, key_of, philox
 from latent_tts.task.arith import words
 from latent_tts.training.optimization import NO_LIMIT
 from latent_tts.training.reasoner.backbone import BackboneConfig
-from latent_tts.training.reasoner.batch import TokenBudget, micro_batch, question_batches
+from latent_tts.training.reasoner.batch import question_batches, token_batches
 from latent_tts.training.reasoner.curriculum import Objective, Recipe, Stage
 from latent_tts.training.reasoner.initial import (
     add_tensors,
@@ -40,7 +39,7 @@ from latent_tts.training.reasoner.pace import LOG, Pace, Timed, of_first_process
 from latent_tts.training.reasoner.questions import TrainingQuestions, check_lengths, token_lengths
 from latent_tts.training.reasoner.validation import COVERAGE, GREEDY, Validation, joined_copy
 from latent_tts.training.reasoner.vocabulary import word_level_tokenizer
-from latent_tts.training.recompute import blocks_of, recomputing_blocks
+from latent_tts.training.recompute import recomputing_blocks
 from latent_tts.training.states import FINISHED, STATES, best_state, claim, last_state, read_state, resumable_state
 from latent_tts.training.trainer import (
     Report,
@@ -55,7 +54,6 @@ MAX_VALID_BATCH, VALID_MICRO_BATCHES = 250, 4  # questions; so many micro-batche
 METRIC = "eval_exact_match"
 INITIAL = "initial"
 PROBES, PROBE_TOKENS = 4, 12
-LENGTHS_KEPT = 100_000  # of questions; sorting asks for each several times
 
 
 @dataclass(frozen=True)
@@ -107,8 +105,9 @@ class MicroBatches(Dataset):
         while self.number < number:
             self.number, self.current = self.number + 1, next(self.batches)
         assert self.number == number
-        questions = micro_batch(self.current, part, self.parts)
-        return {"questions": questions, "weight": len(questions) * self.parts / len(self.current)}
+        size, parts = len(self.current), self.parts
+        questions = self.current[part * size // parts : (part + 1) * size // parts]
+        return {"questions": questions, "weight": len(questions) * parts / size}
 
 
 class ReasonerModule(nn.Module):
@@ -347,16 +346,16 @@ def train(
         RunError: a loss or gradient is not finite; the last state is kept.
         KeyboardInterrupt: Ctrl-C was pressed; the state is saved.
     """
-    recompute = optimization.gradient_checkpointing
-    module = ReasonerModule(pace.recipe.objective(adapter), lora, new_tokens, seed, recompute=recompute)
-    if recompute:
-        blocks_of(module.lm)
+    module = ReasonerModule(
+        pace.recipe.objective(adapter), lora, new_tokens, seed, recompute=optimization.gradient_checkpointing
+    )
     parts = arguments.world_size * optimization.accumulation
     batches = question_batches(questions.stream(), optimization.batch)
     if optimization.batch_tokens is not None:
-        lengths = lru_cache(LENGTHS_KEPT)(lambda question: token_lengths(question, adapter, adapter.latents))
-        budget = TokenBudget(optimization.batch, optimization.batch_tokens, parts, lengths, seed)
-        batches = budget.batches(questions.stream())
+        batches = token_batches(
+            questions.stream(), questions=optimization.batch, tokens=optimization.batch_tokens, parts=parts, seed=seed,
+            lengths=lambda question: token_lengths(question, adapter, adapter.latents),
+        )  # fmt: skip
     trained = [parameter for _, parameter in trained_parameters(module)]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": optimization.weight_decay},

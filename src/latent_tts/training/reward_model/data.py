@@ -146,20 +146,17 @@ def collate(items: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
     """
     import torch
 
-    shapes = [item["latents_NTD"].shape for item in items]
-    n, latents = max(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
-    questions, width = len(items), shapes[0][2]
-    lengths_Q = torch.tensor([len(item["prompt"]) for item in items])
-    batch = {
-        "prompt_QL": torch.zeros(questions, int(lengths_Q.max()), dtype=torch.long),
-        "lengths_Q": lengths_Q,
-        "latents_QNTD": torch.zeros(questions, n, latents, width),
-        "labels_QNT": torch.full((questions, n, latents), torch.nan),
-        "correct_QN": torch.zeros(questions, n, dtype=torch.bool),
+    def stacked(name: str, padding: float = 0) -> Tensor:
+        arrays = [item[name] for item in items]
+        shape = np.max([array.shape for array in arrays], axis=0)
+        rooms = [list(zip(np.zeros_like(shape), shape - array.shape, strict=True)) for array in arrays]
+        padded = [np.pad(array, room, constant_values=padding) for array, room in zip(arrays, rooms, strict=True)]
+        return torch.from_numpy(np.stack(padded))
+
+    return {
+        "prompt_QL": stacked("prompt"),
+        "lengths_Q": torch.tensor([len(item["prompt"]) for item in items]),
+        "latents_QNTD": stacked("latents_NTD"),
+        "labels_QNT": stacked("labels_NT", np.nan),
+        "correct_QN": stacked("correct_N"),
     }
-    for q, (item, shape) in enumerate(zip(items, shapes, strict=True)):
-        batch["prompt_QL"][q, : lengths_Q[q]] = torch.from_numpy(item["prompt"])
-        batch["latents_QNTD"][q, : shape[0], : shape[1]] = torch.from_numpy(item["latents_NTD"])
-        batch["labels_QNT"][q, : shape[0], : shape[1]] = torch.from_numpy(item["labels_NT"])
-        batch["correct_QN"][q, : shape[0]] = torch.from_numpy(item["correct_N"])
-    return batch

@@ -108,8 +108,14 @@ class LatentRMModule(nn.Module):
             lengths_Q: number of tokens of each prompt.
             latents_QNTD: latents of the rollouts.
         """
-        rows = self._packed if self.packs(prompt_QL.shape[1] + latents_QNTD.shape[2]) else self._plain
-        hidden_QND = rows(prompt_QL, lengths_Q, latents_QNTD)
+        (questions, _, latents, width), longest = latents_QNTD.shape, prompt_QL.shape[1]
+        rows = self._packed if self.packs(longest + latents) else self._plain
+        vectors, mask, positions = rows(prompt_QL, lengths_Q, latents_QNTD)
+        with recomputing_blocks(self.backbone, self.recompute):
+            hidden = self.backbone(
+                inputs_embeds=vectors, attention_mask=mask, position_ids=positions, use_cache=False
+            ).last_hidden_state
+        hidden_QND = hidden[:, longest:].reshape(questions, -1, width)
         weight, bias = self.classifier.weight, self.classifier.bias
         with torch.autocast(hidden_QND.device.type, enabled=False):
             logits_QN1 = F.linear(hidden_QND.to(weight.dtype), weight, bias)
@@ -126,8 +132,8 @@ class LatentRMModule(nn.Module):
                 self._packs[longest] = find_attention_problem(self.backbone, longest) is None
         return self._packs[longest]
 
-    def _packed(self, prompt_QL: Tensor, lengths_Q: Tensor, latents_QNTD: Tensor) -> Tensor:
-        """Final hidden states (Q, N*T, D) of the latents; all rollouts of a question are one row."""
+    def _packed(self, prompt_QL: Tensor, lengths_Q: Tensor, latents_QNTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Vectors, additive mask and positions of rows of a question each, with all its rollouts."""
         questions, rollouts, latents, width = latents_QNTD.shape
         prompt_QLD = self.backbone.get_input_embeddings()(prompt_QL)
         latents_QRD = latents_QNTD.reshape(questions, rollouts * latents, width).to(prompt_QLD.dtype)
@@ -136,18 +142,11 @@ class LatentRMModule(nn.Module):
         additive_Q1SS = torch.zeros_like(mask_Q1SS, dtype=prompt_QLD.dtype).masked_fill(
             ~mask_Q1SS, torch.finfo(prompt_QLD.dtype).min
         )
-        with recomputing_blocks(self.backbone, self.recompute):
-            hidden_QSD = self.backbone(
-                inputs_embeds=torch.cat([prompt_QLD, latents_QRD], dim=1),
-                attention_mask=additive_Q1SS,
-                position_ids=positions_QS,
-                use_cache=False,
-            ).last_hidden_state
-        return hidden_QSD[:, prompt_QL.shape[1] :]
+        return torch.cat([prompt_QLD, latents_QRD], dim=1), additive_Q1SS, positions_QS
 
-    def _plain(self, prompt_QL: Tensor, lengths_Q: Tensor, latents_QNTD: Tensor) -> Tensor:
-        """Final hidden states (Q, N*T, D) of the latents; each rollout is a row, with padding on the left."""
-        questions, rollouts, _, width = latents_QNTD.shape
+    def _plain(self, prompt_QL: Tensor, lengths_Q: Tensor, latents_QNTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Vectors, mask and positions of rows of a rollout each, with padding on the left."""
+        rollouts = latents_QNTD.shape[1]
         place_L = torch.arange(prompt_QL.shape[1], device=prompt_QL.device)
         padding_Q1 = prompt_QL.shape[1] - lengths_Q[:, None]
         moved_QL = prompt_QL.gather(1, (place_L - padding_Q1) % prompt_QL.shape[1])
@@ -155,14 +154,7 @@ class LatentRMModule(nn.Module):
         latents_RTD = latents_QNTD.flatten(0, 1).to(prompt_RLD.dtype)
         real_RL = (place_L >= padding_Q1).repeat_interleave(rollouts, 0)
         mask_RS = torch.cat([real_RL, real_RL.new_ones(latents_RTD.shape[:2])], 1).long()
-        with recomputing_blocks(self.backbone, self.recompute):
-            hidden_RSD = self.backbone(
-                inputs_embeds=torch.cat([prompt_RLD, latents_RTD], 1),
-                attention_mask=mask_RS,
-                position_ids=(mask_RS.cumsum(1) - 1).clamp(min=0),
-                use_cache=False,
-            ).last_hidden_state
-        return hidden_RSD[:, prompt_QL.shape[1] :].reshape(questions, -1, width)
+        return torch.cat([prompt_RLD, latents_RTD], 1), mask_RS, (mask_RS.cumsum(1) - 1).clamp(min=0)
 
     @torch.no_grad()
     def round_to(self, dtype: torch.dtype) -> None:

@@ -18,7 +18,6 @@ from transformers.trainer_utils import EvalPrediction
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.results.files import write_text
 from latent_tts.training.reasoner.lora import FULL, Lora
-from latent_tts.training.recompute import blocks_of
 from latent_tts.training.reward_model.data import MixedQuestions, collate
 from latent_tts.training.reward_model.loss import RewardLoss, rollout_scores
 from latent_tts.training.reward_model.model import LatentRMModule
@@ -157,8 +156,6 @@ def train(
         KeyboardInterrupt: Ctrl-C was pressed; the state is saved.
     """
     model.recompute = optimization.gradient_checkpointing
-    if model.recompute:
-        blocks_of(model.backbone)
     trainer = RewardTrainer(
         loss,
         max(data.rollouts, valid.rollouts),
@@ -167,14 +164,15 @@ def train(
         train_dataset=cast(Dataset, data),
         eval_dataset=cast(Dataset, valid),
         data_collator=collate,
-        compute_metrics=_selection,
+        compute_metrics=selection_accuracy,
         callbacks=[EarlyStoppingCallback(optimization.patience)],
         report=report,
     )
     if not optimization.epochs:
         return trainer
     states = Path(str(arguments.output_dir))
-    last = resumable_state(states)
+    with arguments.main_process_first():
+        last = resumable_state(states)
     if last is None or not _has_ended(last, optimization):
         trainer.fit(last)
         last = last_state(states)
@@ -234,7 +232,6 @@ def trainer_arguments(
         save_strategy="steps",
         save_steps=every,
         save_total_limit=2,
-        load_best_model_at_end=True,
         metric_for_best_model=METRIC,
         greater_is_better=True,
         restore_callback_states_from_checkpoint=True,
@@ -243,13 +240,10 @@ def trainer_arguments(
     )
 
 
-def selection_accuracy(score_QN: np.ndarray, correct_QN: np.ndarray) -> float:
+def selection_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Share of questions whose rollout with the highest score is right; the lowest rollout number wins a tie."""
-    return float(np.take_along_axis(correct_QN, score_QN.argmax(1)[:, None], 1).mean())
-
-
-def _selection(prediction: EvalPrediction) -> dict[str, float]:
-    return {METRIC: selection_accuracy(np.asarray(prediction.predictions), np.asarray(prediction.label_ids))}
+    chosen_Q1 = np.asarray(prediction.predictions).argmax(1)[:, None]
+    return {METRIC: float(np.take_along_axis(np.asarray(prediction.label_ids), chosen_Q1, 1).mean())}
 
 
 def _has_ended(folder: Path, optimization: RewardOptimization) -> bool:
