@@ -95,16 +95,6 @@ def test_off_reads_nothing_and_leaves_nothing(run, cached, tmp_path, monkeypatch
     assert "cache" not in json.loads((off.last.parent / "run.json").read_text())
 
 
-def test_a_run_without_cache_that_kept_its_latents_is_scored(run, ltts, checkpoint, tmp_path):
-    scorer = tiny.write_latent_rm(tmp_path / "rm", checkpoint)
-    off = run("cache=off", "keep_latents=true")
-    rescored = ltts("rescore", off.last.parent, "scorer=latent_rm", f"scorer.checkpoint={scorer}")
-    assert rescored.code == 0, rescored.err
-    whole = run("scorer=latent_rm", f"scorer.checkpoint={scorer}")
-    scores = [pd.read_parquet(each.last.parent / "rollouts.parquet")["score"] for each in (rescored, whole)]
-    pd.testing.assert_series_equal(*scores, rtol=1e-5)
-
-
 def test_a_damaged_part_is_drawn_and_a_damaged_score_made_again_in_the_same_run(run, checkpoint, tmp_path):
     scored = ["scorer=latent_rm", f"scorer.checkpoint={tiny.write_latent_rm(tmp_path / 'rm', checkpoint)}"]
     whole = run(*scored)

@@ -25,7 +25,7 @@ class Workers:
     """A pool in this process; what goes to a worker and comes back is pickled."""
 
     def __init__(self, work, count, dies=()):
-        self._workers = {number: pickle.loads(pickle.dumps(work)).start() for number in range(count)}
+        self._workers = {number: pickle.loads(pickle.dumps(work))() for number in range(count)}
         self._sums = {number: DirectionSums() for number in self._workers}
         self._running, self._dies, self.shards = [], list(dies), []
 

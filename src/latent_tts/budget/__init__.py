@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, Protocol, TypeGuard, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -265,18 +265,21 @@ class Budget(Protocol):
 
     Attributes:
         name: of the option.
+        adaptive: whether that depends on the rollouts, so that questions have unequally many.
     """
 
     name: ClassVar[str]
+    adaptive: ClassVar[bool] = False
 
     def reported(self, n: int) -> list[int]:
         """The numbers of rollouts with rows in the metrics table: ascending, in [1, n], the last is n."""
         return [n]
 
 
-@runtime_checkable
 class AdaptiveBudget(Budget, Protocol):
     """A budget that looks at what questions have so far. So a smaller n is another run, and only n is reported."""
+
+    adaptive: ClassVar[bool] = True
 
     @property
     def label(self) -> str:
@@ -315,8 +318,8 @@ class AdaptiveBudget(Budget, Protocol):
 
 
 def is_adaptive(budget: Budget) -> TypeGuard[AdaptiveBudget]:
-    """Whether a budget looks at what questions have so far, so that they have unequally many rollouts."""
-    return isinstance(budget, AdaptiveBudget)
+    """Whether a budget looks at what questions have so far."""
+    return budget.adaptive
 
 
 def play(

@@ -55,6 +55,7 @@ class Shared(Budget):
     aggregator: str = "majority"
 
     name: ClassVar[str] = "shared"
+    adaptive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_fields(

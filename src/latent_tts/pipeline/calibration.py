@@ -21,6 +21,10 @@ from latent_tts.schedule import Schedule
 
 log = logging.getLogger(__name__)
 KEY = "budget.rule.calibration"
+NEEDED = {
+    "checkpoint_digest": str,
+    **dict.fromkeys(("config.model", "config.sampler", "config.search", "config.answer", "config.scorer"), dict),
+}
 
 
 def calibrate_on_run(
@@ -46,8 +50,7 @@ def calibrate_on_run(
     """
     folder = Path(str(rule.calibration)).expanduser()
     require(KEY, folder, is_complete(folder), f"must be the folder of a completed run; it has no {RUN_JSON}")
-    groups = ("config.model", "config.sampler", "config.search", "config.answer", "config.scorer")
-    record = read_run_json(folder, {"checkpoint_digest": str, **dict.fromkeys(groups, dict)})
+    record = read_run_json(folder, NEEDED)
     _check_run(rule, folder, record, config, schedule, digests)
     rollouts = read_rollouts(folder)
     shared = set(rollouts["question_id"]) & set(questions)

@@ -141,8 +141,10 @@ def finish(folder: Path, jobs: Sequence[SweepJob], build_aggregator: AggregatorB
     path = folder / METRICS
     joined, means = write_joined(path, tables, build_aggregator)
     label_of = {job.folder: job.label for job in jobs}
-    rows = [table.assign(label=label_of[folder]) for folder, table in tables.items()]
-    shown = name_once(pd.concat(rows, ignore_index=True))  # jobs that are one run, but for what it costs: a row each
+    # jobs that are one run, but for what it costs, have a row each
+    shown = name_once(
+        pd.concat([tables[folder].assign(label=label_of[folder]) for folder in tables], ignore_index=True)
+    )
     if means is not None:
         shown = means.merge(shown.drop_duplicates(CURVE_COLUMNS)[[*CURVE_COLUMNS, "label"]], "left", CURVE_COLUMNS)
     report.print_metrics(shown, shown["label"].tolist(), [job.row for job in jobs if job.folder not in tables])
