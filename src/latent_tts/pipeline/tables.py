@@ -26,8 +26,7 @@ from latent_tts.results.metrics import Figures, measured_figures, metric_rows, r
 from latent_tts.results.parts import release_memory
 from latent_tts.results.run_folder import COUNT_COLUMNS
 from latent_tts.task import has_gold
-from latent_tts.text.answer import AnswerRule
-from latent_tts.text.classes import shared_forms
+from latent_tts.text.answer import AnswerRule, shared_forms
 from latent_tts.types import Float32, Floats, Question, RolloutArrays
 
 log = logging.getLogger(__name__)

@@ -111,7 +111,6 @@ def recompute(spec: RunSpec) -> tuple[Engine, Float32, Int64, Int64]:
     refuse_graphs(spec.engine, "the host reads what each sweep did")
     longest = max(len(job.prompt) for job in jobs)
     drawer = Drawer(spec, longest, scored=False, max_bytes=known_to_fit(spec.cache))
-    drawer.engine.keeps_timeline = True
     latents_RTD = np.zeros((len(rows), spec.adapter.latents, drawer.engine.width), dtype=np.float32)
     steps_R, sweeps = np.zeros(len(rows), dtype=np.int64), []
     for batch in drawer.batches(jobs):
