@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from latent_tts.engine.attention import has_kernel
 from latent_tts.engine.head import Choice
 from latent_tts.engine.prompts import pad_prompts
 from latent_tts.engine.recording import (
@@ -64,13 +63,11 @@ class NextToken:
     """The pass that chooses a later answer token.
 
     Attributes:
-        window: slots that it looks at.
         over: whether only an eos may still come.
         position: of the token in the answer; None where the device knows it, since no random number depends on it.
         grid: of the rows that run.
     """
 
-    window: int
     over: bool
     position: int | None
     grid: Grid
@@ -246,7 +243,6 @@ class FixedRollouts(RolloutState, Bucket[Passes, Rollouts]):
         run(FirstToken(made))
         left.read()
         first, last = len(plan.forced_ids) + 1, plan.max_answer_tokens - (plan.eos_id is None)
-        used = self._used_after(made) + len(self.engine.ending_ids) + bool(made)
         for position in range(first, last + 1):
             left_P = left.before_last()
             if left_P is not None and not any(left_P):
@@ -260,20 +256,9 @@ class FixedRollouts(RolloutState, Bucket[Passes, Rollouts]):
                     rows = self._rows[grid]
                     left = _LateReading(rows.left_P)
                     left.read()
-            window = self._window_of(used + position - first + 1)
             own = position if random else None
-            run(NextToken(window, position == plan.max_answer_tokens, own, rows.grid))
+            run(NextToken(position == plan.max_answer_tokens, own, rows.grid))
             left.read()
-
-    def _window_of(self, slots: int) -> int:
-        """How many slots a pass that sees some looks at: one recording serves several passes of the same window.
-
-        The kernel reads from the device how many there are; operators look at all, so that their windows grow.
-        """
-        state = self._all.state
-        if state.suffix and has_kernel(state.suffix[0][0]):
-            return state.capacity
-        return min(power_of_two(slots, MIN_LENGTH), state.capacity)
 
     def run(self, passes: Passes) -> None:
         """See `Bucket`."""
@@ -379,7 +364,7 @@ class FixedRollouts(RolloutState, Bucket[Passes, Rollouts]):
         rows = self._rows[passes.grid]
         step = self._plan.latents + (len(self._plan.forced_ids) + 1 if passes.position is None else passes.position)
         self._hooks.set_pass(rows.draw, Forward("answer", step, 1))
-        hidden_R1D = rows.state.append_at(self._embed(rows.token_R)[:, None], self._at_1, passes.window)
+        hidden_R1D = rows.state.append_at(self._embed(rows.token_R)[:, None], self._at_1)
         choice = self._token_after(hidden_R1D[:, 0], rows.draw, step)
         self._take(rows, choice, self._position_1, over=passes.over)
 

@@ -32,7 +32,7 @@ _OTHER_ORDER = (256.0, 0.9), (16.0, 0.5)  # in tensors of other sizes, so summed
 MAX_RECORDED = 256  # passes of a bucket; later answer tokens of a sampler that is random in answers are not recorded
 # tokens of prompts, padding included, up to which their pass is recorded: more of them take longer than launching
 PROMPT_TOKENS = 1 << 12
-MIN_LENGTH = 16  # of prompts, and slots that a pass looks at: both grow by powers of two
+MIN_LENGTH = 16  # of prompts, whose lengths grow by powers of two
 
 Replay: TypeAlias = Callable[[], object]
 Pass = TypeVar("Pass", bound=Hashable)

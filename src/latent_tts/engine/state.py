@@ -282,18 +282,17 @@ class FixedState(KeyValueState):
         if self.valid_RC is not None:
             self.valid_RC.fill_(True)
 
-    def append_at(self, embeddings_R1D: Tensor, at_1: Tensor, window: int) -> Tensor:
+    def append_at(self, embeddings_R1D: Tensor, at_1: Tensor) -> Tensor:
         """Append a token to every row in a slot that the device knows, so that one recording serves several slots.
 
         Args:
             embeddings_R1D: what is appended.
             at_1: the slot (int64), the next one afterwards.
-            window: slots that the tokens look at.
 
         Returns:
             Final hidden states (R, 1, D).
         """
-        self.slots_S, self.window = at_1, window
+        self.slots_S, self.window = at_1, self.capacity
         self.later_SC = self._slots_after(at_1)
         hidden_R1D = self._run_suffix(embeddings_R1D)
         at_1.add_(1)
