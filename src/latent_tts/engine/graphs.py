@@ -95,10 +95,8 @@ def smaller_grid(left_P: Sequence[int], grid: Grid) -> Grid | None:
     """
     prefixes, rollouts = (power_of_two(number) for number in (sum(left > 0 for left in left_P), max(left_P)))
     prefixes, rollouts = min(prefixes, grid[0]), min(rollouts, grid[1])
-    while prefixes * rollouts < MIN_ROWS and rollouts < grid[1]:
-        rollouts = min(2 * rollouts, grid[1])
-    while prefixes * rollouts < MIN_ROWS and prefixes < grid[0]:
-        prefixes = min(2 * prefixes, grid[0])
+    rollouts = min(power_of_two(-(-MIN_ROWS // prefixes), rollouts), grid[1])
+    prefixes = min(power_of_two(-(-MIN_ROWS // rollouts), prefixes), grid[0])
     return (prefixes, rollouts) if 2 * prefixes * rollouts <= grid[0] * grid[1] else None
 
 
@@ -134,11 +132,11 @@ class AnswerRows:
         prefix_P = alive_PN.sum(1).argsort(descending=True, stable=True)[:prefixes]
         inside_PN = alive_PN[prefix_P].int().argsort(dim=1, descending=True, stable=True)[:, :rollouts]
         rows_R = (prefix_P[:, None] * all_rollouts + inside_PN).flatten()
-        self.state.take(other.state, prefix_P, rows_R)
-        self.draw.keys_R2.copy_(other.draw.keys_R2[rows_R])
-        self.draw.rollouts_R.copy_(other.draw.rollouts_R[rows_R])
-        self.here_R.copy_(other.here_R[rows_R])
-        self.keep(other.token_R[rows_R], other.alive_R[rows_R])
+        for kept, part in zip(self.state.of_questions(), other.state.of_questions(), strict=True):
+            kept.copy_(part.index_select(0, prefix_P))
+        for kept, part in zip(self.of_rows(), other.of_rows(), strict=True):
+            kept.copy_(part.index_select(0, rows_R))
+        self.left_P.copy_(self.alive_R.view(self.grid).sum(1))
 
     def keep(self, token_R: Tensor, alive_R: Tensor) -> None:
         """Set what was chosen last, and which rows go on."""
@@ -148,8 +146,12 @@ class AnswerRows:
 
     def tensors(self) -> list[Tensor]:
         """All of them."""
-        own = [self.here_R, self.token_R, self.alive_R, self.left_P]
-        return [*self.state.tensors(), self.draw.keys_R2, self.draw.rollouts_R, *own]
+        return [*self.state.of_questions(), *self.of_rows(), self.left_P]
+
+    def of_rows(self) -> list[Tensor]:
+        """Those with an entry per row."""
+        own = [self.draw.keys_R2, self.draw.rollouts_R, self.here_R, self.token_R, self.alive_R]
+        return [*self.state.of_rows(), *own]
 
 
 def copied_draw(draw: Draw) -> Draw:

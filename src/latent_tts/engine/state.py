@@ -316,7 +316,7 @@ class FixedState(KeyValueState):
         return keys[:, :, : self.window], values[:, :, : self.window]
 
     def for_rows(self, questions: int, rollouts: int) -> FixedState:
-        """A state for fewer rows of fewer questions; `take` fills it."""
+        """A state for fewer rows of fewer questions, in memory of its own."""
         rows, other = questions * rollouts, copy(self)
         other.rollouts, other.lengths_Q = rollouts, self.lengths_Q[:questions].clone()
         other.prefix = [[(keys[:questions].clone(), values[:questions].clone())] for [(keys, values)] in self.prefix]
@@ -324,21 +324,12 @@ class FixedState(KeyValueState):
         other.valid_RC = None if self.valid_RC is None else self.valid_RC[:rows].clone()
         return other
 
-    def take(self, other: FixedState, questions: Tensor, rows: Tensor) -> None:
-        """Copy some of the prefixes and suffixes of a state of the same capacity."""
-        for kept, part in zip(self._of_questions(), other._of_questions(), strict=True):
-            kept.copy_(part.index_select(0, questions))
-        for kept, part in zip(self._of_rows(), other._of_rows(), strict=True):
-            kept.copy_(part.index_select(0, rows))
-
-    def tensors(self) -> list[Tensor]:
-        """All that it holds so far."""
-        return [*self._of_questions(), *self._of_rows()]
-
-    def _of_questions(self) -> list[Tensor]:
+    def of_questions(self) -> list[Tensor]:
+        """Its tensors with an entry per prefix."""
         return [self.lengths_Q, *(part for [piece] in self.prefix for part in piece)]
 
-    def _of_rows(self) -> list[Tensor]:
+    def of_rows(self) -> list[Tensor]:
+        """Its tensors with an entry per row, as far as they are made."""
         return [part for piece in self.suffix for part in piece] + ([] if self.valid_RC is None else [self.valid_RC])
 
     def _add_questions(self, lengths_Q: Tensor) -> slice:
