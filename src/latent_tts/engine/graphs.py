@@ -436,15 +436,17 @@ class GraphEngine(Engine):
         def usual() -> Rollouts:
             return Engine.roll(self, prompts, draw, sampler, donor_RTD=donor_RTD, answers=answers)
 
-        key = self._key(prompts, draw, sampler, answers=answers)
-        if key is None or donor_RTD is not None:
+        tokens = self.plan.max_answer_tokens + (self.plan.eos_id is not None) - len(self.plan.forced_ids)
+        longest = max(map(len, prompts)) - self.plan.owns_last(sampler)
+        if not self._usable or donor_RTD is not None or longest < 1 or (answers and tokens < 1):
             return usual()
+        length = power_of_two(longest, MIN_LENGTH)
 
         def fixed(known: FixedRollouts | None) -> tuple[FixedRollouts, Rollouts]:
             with SiteHooks(self.lm, sampler) as hooks:
                 # without a circle of references, buckets go with their engine and not when garbage is collected
                 bucket = known or FixedRollouts(
-                    proxy(self), hooks, draw, len(prompts), key[3], self._recordings.new_recorder()
+                    proxy(self), hooks, draw, len(prompts), length, self._recordings.new_recorder()
                 )
                 found = bucket.record_or_replay(
                     partial(bucket.load, prompts, draw, hooks), partial(bucket.walk, answers=answers)
@@ -452,16 +454,6 @@ class GraphEngine(Engine):
                 bucket.wanted_before.update(bucket.wanted)
             return bucket, found
 
-        return self._recordings.compute(key, usual, fixed)
-
-    def _key(
-        self, prompts: list[list[int]], draw: Draw, sampler: Sampler, *, answers: bool
-    ) -> tuple[str, int, int, int, int, bool] | None:
-        """What a batch shares with the others of its bucket; None where it is not to be recorded."""
-        tokens = self.plan.max_answer_tokens + (self.plan.eos_id is not None) - len(self.plan.forced_ids)
-        longest = max(map(len, prompts)) - self.plan.owns_last(sampler)
-        length = power_of_two(longest, MIN_LENGTH)
-        if not self._usable or longest < 1 or (answers and tokens < 1):
-            return None
         self._samplers[id(sampler)] = sampler
-        return "rollouts", len(prompts), draw.rollouts_R.shape[0], length, id(sampler), answers
+        key = "rollouts", len(prompts), draw.rollouts_R.shape[0], length, id(sampler), answers
+        return self._recordings.compute(key, usual, fixed)
