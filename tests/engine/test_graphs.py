@@ -38,6 +38,7 @@ from latent_tts.random import bits
 from latent_tts.random.draw import Draw
 from latent_tts.results.run_folder import read_rollouts
 from latent_tts.sampler import Sampler
+from latent_tts.sampler.control import Control
 from latent_tts.sampler.gaussian import Gaussian
 from latent_tts.types import Reasoner
 
@@ -156,7 +157,7 @@ def test_so_does_a_graph_of_the_kernels_of_triton(monkeypatch, dtype, sampler, p
     roundings, most = recording._OTHER_ORDER if dtype.itemsize == 4 else recording._OTHER_ORDER_HALF
     for number, lengths in enumerate(LENGTHS):
         found, wanted = (rolled(engine, SAMPLERS[sampler], number, lengths) for engine in (graphed, eager))
-        assert graphs.agreement(found, wanted, roundings) >= most
+        assert graphs.FixedRollouts.agreement(graphed, found, wanted, roundings) >= most
     (bucket,) = graphed._recordings.buckets.values()
     assert len(bucket.trusted) >= 3
 
@@ -234,6 +235,14 @@ def test_so_does_every_adapter(ltts, monkeypatch, tmp_path, model):
     assert "without CUDA graphs" not in runs[1].err
     assert list(here["answer_text"]) == list(there["answer_text"])
     torch.testing.assert_close(*(torch.tensor(table["answer_logprob"]) for table in (here, there)), rtol=0, atol=1e-4)
+
+
+def test_rollouts_with_latents_of_other_questions_are_not_recorded():
+    eager, graphed, recorders = both()
+    for number, lengths in enumerate(LENGTHS):
+        found, wanted = (rolled(engine, Control("shuffle"), number, lengths) for engine in (graphed, eager))
+        assert_same(found, wanted)
+    assert not recorders
 
 
 def test_latents_are_made_without_answers():
@@ -535,9 +544,9 @@ def test_either_answer_will_do_where_the_two_most_probable_tokens_are_as_near_as
         counts = nothing_R, nothing_R, nothing_R
         return Rollouts(latents_RTD, nothing_R, ids, -margins_R, margins_R, nothing_R > 0, *counts)
 
-    wanted = rollouts([[1], [2], [3]])
-    assert graphs.agreement(rollouts([[1], [4], [5]]), wanted, roundings=1) == pytest.approx(2 / 3)
-    assert graphs.agreement(rollouts([[1], [4], [5]]), wanted, roundings=0.01) == pytest.approx(1 / 3)
+    wanted, agreement = rollouts([[1], [2], [3]]), partial(graphs.FixedRollouts.agreement, None)
+    assert agreement(rollouts([[1], [4], [5]]), wanted, roundings=1) == pytest.approx(2 / 3)
+    assert agreement(rollouts([[1], [4], [5]]), wanted, roundings=0.01) == pytest.approx(1 / 3)
 
 
 def test_finished_rows_are_noticed_one_pass_late(monkeypatch):

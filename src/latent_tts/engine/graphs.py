@@ -1,7 +1,7 @@
 """Rollouts by CUDA graphs: the passes of a batch are recorded once and replayed for later batches of the same sizes.
 
 A recording runs the same code as `RolloutState`, on tensors that stay where they are. What differs between batches
-(random keys, prompts, donors) or between replays (the slot, the position in the answer) is read from the device. What
+(random keys, prompts) or between replays (the slot, the position in the answer) is read from the device. What
 is the same in all batches of a bucket is recorded as a number.
 """
 
@@ -160,29 +160,6 @@ def copied_draw(draw: Draw) -> Draw:
     return Draw(draw.keys_R2.clone(), draw.rollouts_R.clone(), draw.width, draw.blocks)
 
 
-def agreement(found: Rollouts, wanted: Rollouts, roundings: float) -> float:
-    """Share of rollouts that agree: latents and log-probabilities within rounding, steps and answers exactly.
-
-    Where the two most probable tokens of an answer are as near each other as rounding, either answer will do.
-
-    Args:
-        found: some rollouts.
-        wanted: the same, computed otherwise.
-        roundings: how many roundings of the dtype (of float32, if it is wider) their mean difference may be.
-    """
-    limit = roundings * max(torch.finfo(dtype).eps for dtype in (wanted.latents_RTD.dtype, torch.float32))
-    pairs = zip(found.answer_ids, wanted.answer_ids, strict=True)
-    same_R = torch.tensor([ours == theirs for ours, theirs in pairs]) & torch.isclose(
-        found.answer_logprob_R, wanted.answer_logprob_R, rtol=10 * limit, atol=10 * limit, equal_nan=True
-    )
-    near_R = torch.minimum(found.answer_margin_R, wanted.answer_margin_R) <= limit
-    agree_R = (found.steps_R == wanted.steps_R) & (same_R | near_R)
-    if wanted.latents_RTD.shape[1]:
-        ours_RX, theirs_RX = (each.latents_RTD.flatten(1).double() for each in (found, wanted))
-        agree_R &= ((ours_RX - theirs_RX).abs().mean(1) <= limit * theirs_RX.abs().mean(1)).cpu()
-    return float(agree_R.double().mean())
-
-
 class FixedRollouts(RolloutState, Bucket[Passes, Rollouts]):
     """R rollouts whose tensors stay where they are, for one batch after another."""
 
@@ -204,14 +181,11 @@ class FixedRollouts(RolloutState, Bucket[Passes, Rollouts]):
         backbone, grid = cast(PreTrainedModel, engine.lm.base_model), (prefixes, rows // prefixes)
         state = FixedState(backbone, grid[1], plan.capacity(hooks.sampler), questions=prefixes, length=length)
         own = copied_draw(draw)
-        if draw.donor_RTD is not None:
-            own.donor_RTD = draw.donor_RTD.clone()
         RolloutState.__init__(self, engine, hooks, state, own)
         Bucket.__init__(self, recorder, engine.lm.dtype)
         self._all = AnswerRows(grid, state, own)
         self._rows = {grid: self._all}
         self._answers = Answers(plan, rows, device)
-        self._ending = self._ending_ids()
         self._begin_RD = torch.zeros_like(self._embed(self._answers.lengths_R))
         self._thinking_R, self._steps_R = self.thinking_R, self.steps_R
         self._going = torch.ones(1, dtype=torch.long, device=device)
@@ -221,14 +195,14 @@ class FixedRollouts(RolloutState, Bucket[Passes, Rollouts]):
         self._lengths_Q, self._last_Q = torch.zeros(2, questions, dtype=torch.long, device=device)
         self._records_prompts = prefixes * length <= PROMPT_TOKENS
         self.wanted: set[Grid] = set()
-        self._wanted_before: Counter[Grid] = Counter()
+        self.wanted_before: Counter[Grid] = Counter()  # by the batches before
 
     def tensors(self) -> list[Tensor]:
         """See `Bucket`."""
         answers = self._answers
         pieces = [part for rows in self._rows.values() for part in rows.tensors()]
         found = [
-            *pieces, self._all.draw.donor_RTD, self.latents_RTD, self._begin_RD, self._thinking_R, self._steps_R,
+            *pieces, self.latents_RTD, self._begin_RD, self._thinking_R, self._steps_R,
             self._going, self._position_1, self._at_1, answers.ids_RA, answers.lengths_R, answers.logprob_R,
             answers.margin_R, answers.stopped_R, self._ids_QL, self._lengths_Q, self._last_Q,
         ]  # fmt: skip
@@ -239,8 +213,6 @@ class FixedRollouts(RolloutState, Bucket[Passes, Rollouts]):
         self._hooks = hooks
         self.draw.keys_R2.copy_(draw.keys_R2)
         self.draw.rollouts_R.copy_(draw.rollouts_R)
-        if self.draw.donor_RTD is not None:
-            self.draw.donor_RTD.copy_(cast(Tensor, draw.donor_RTD))
         if self._records_prompts:
             shared = [prompt if self.first_is_free else prompt[:-1] for prompt in prompts]
             ids_QL, lengths_Q = pad_prompts(shared, torch.device("cpu"))
@@ -251,10 +223,6 @@ class FixedRollouts(RolloutState, Bucket[Passes, Rollouts]):
         self._restart()
         self._run_prompts(prompts)
         self._begin_RD.copy_(cast(Tensor, self._hidden_RD if self._pending_RSD is None else self._pending_RSD[:, 0]))
-
-    def count_wanted(self) -> None:
-        """Count the grids that the batch wanted."""
-        self._wanted_before.update(self.wanted)
 
     def walk(self, run: Callable[[Passes], None], *, answers: bool) -> Rollouts:
         """Run all passes of the batch, and learn one pass late whether rows are left; returns the rollouts."""
@@ -278,7 +246,7 @@ class FixedRollouts(RolloutState, Bucket[Passes, Rollouts]):
         run(FirstToken(made))
         left.read()
         first, last = len(plan.forced_ids) + 1, plan.max_answer_tokens - (plan.eos_id is None)
-        used = self._used_after(made) + len(self._ending) + bool(made)
+        used = self._used_after(made) + len(self.engine.ending_ids) + bool(made)
         for position in range(first, last + 1):
             left_P = left.before_last()
             if left_P is not None and not any(left_P):
@@ -287,7 +255,7 @@ class FixedRollouts(RolloutState, Bucket[Passes, Rollouts]):
             grid = smaller_grid(left_P, rows.grid) if left_P and position < last and not random else None
             if grid is not None:
                 self.wanted.add(grid)
-                if self._wanted_before[grid] >= MIN_WANTED:
+                if self.wanted_before[grid] >= MIN_WANTED:
                     run(Move(rows.grid, grid))
                     rows = self._rows[grid]
                     left = _LateReading(rows.left_P)
@@ -329,8 +297,26 @@ class FixedRollouts(RolloutState, Bucket[Passes, Rollouts]):
         self._position_1.zero_()
 
     def agreement(self, found: Rollouts, wanted: Rollouts, roundings: float) -> float:
-        """See `agreement`."""
-        return agreement(found, wanted, roundings)
+        """Share of rollouts that agree: latents and log-probabilities within rounding, steps and answers exactly.
+
+        Where the two most probable tokens of an answer are as near each other as rounding, either answer will do.
+
+        Args:
+            found: some rollouts.
+            wanted: the same, computed otherwise.
+            roundings: how many roundings of the dtype (of float32, if it is wider) their mean difference may be.
+        """
+        limit = roundings * max(torch.finfo(dtype).eps for dtype in (wanted.latents_RTD.dtype, torch.float32))
+        pairs = zip(found.answer_ids, wanted.answer_ids, strict=True)
+        same_R = torch.tensor([ours == theirs for ours, theirs in pairs]) & torch.isclose(
+            found.answer_logprob_R, wanted.answer_logprob_R, rtol=10 * limit, atol=10 * limit, equal_nan=True
+        )
+        near_R = torch.minimum(found.answer_margin_R, wanted.answer_margin_R) <= limit
+        agree_R = (found.steps_R == wanted.steps_R) & (same_R | near_R)
+        if wanted.latents_RTD.shape[1]:
+            ours_RX, theirs_RX = (each.latents_RTD.flatten(1).double() for each in (found, wanted))
+            agree_R &= ((ours_RX - theirs_RX).abs().mean(1) <= limit * theirs_RX.abs().mean(1)).cpu()
+        return float(agree_R.double().mean())
 
     def _used_after(self, latents: int) -> int:
         """Slots in use after a number of latents: the last latent is not run yet."""
@@ -382,7 +368,7 @@ class FixedRollouts(RolloutState, Bucket[Passes, Rollouts]):
         self._stand_after(latents)
         self._answers.restart()
         self._all.alive_R.fill_(True)
-        embeddings_RSD, keep_first_R = self._before_answers(self._ending)
+        embeddings_RSD, keep_first_R = self._before_answers()
         position = len(self._plan.forced_ids)
         choice = self._choose(embeddings_RSD, self._plan.latents + position, keep_first_R)
         self._position_1.fill_(position)
@@ -464,11 +450,10 @@ class GraphEngine(Engine):
             return Engine.roll(self, prompts, draw, sampler, donor_RTD=donor_RTD, answers=answers)
 
         key = self._key(prompts, draw, sampler, answers=answers)
-        if key is None:
+        if key is None or donor_RTD is not None:
             return usual()
 
         def fixed(known: FixedRollouts | None) -> tuple[FixedRollouts, Rollouts]:
-            draw.donor_RTD = donor_RTD
             with SiteHooks(self.lm, sampler) as hooks:
                 # without a circle of references, buckets go with their engine and not when garbage is collected
                 bucket = known or FixedRollouts(
@@ -477,7 +462,7 @@ class GraphEngine(Engine):
                 found = bucket.record_or_replay(
                     partial(bucket.load, prompts, draw, hooks), partial(bucket.walk, answers=answers)
                 )
-                bucket.count_wanted()
+                bucket.wanted_before.update(bucket.wanted)
             return bucket, found
 
         return self._recordings.compute(key, usual, fixed)
@@ -489,7 +474,7 @@ class GraphEngine(Engine):
         tokens = self.plan.max_answer_tokens + (self.plan.eos_id is not None) - len(self.plan.forced_ids)
         longest = max(map(len, prompts)) - self.plan.owns_last(sampler)
         length = power_of_two(longest, MIN_LENGTH)
-        if not self._usable or self.keeps_timeline or longest < 1 or (answers and tokens < 1):
+        if not self._usable or longest < 1 or (answers and tokens < 1):
             return None
         self._samplers[id(sampler)] = sampler
         return "rollouts", len(prompts), draw.rollouts_R.shape[0], length, id(sampler), answers

@@ -270,10 +270,9 @@ class FixedState(KeyValueState):
         *,
         questions: int,
         length: int,
-        position_offset_Q: Tensor | None = None,
     ) -> None:
         """Open a state for Q questions of at most `length` tokens; see `KeyValueState`."""
-        super().__init__(backbone, rollouts, capacity, position_offset_Q=position_offset_Q)
+        super().__init__(backbone, rollouts, capacity)
         self.lengths_Q = torch.zeros(questions, dtype=torch.long, device=backbone.device)
         self._length, self._known = length, 0  # questions whose prefixes are set
 

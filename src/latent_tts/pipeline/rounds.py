@@ -19,7 +19,7 @@ from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results.cache import MEASURED_SUMS
 from latent_tts.results.metrics import Figures, answer_codes, measured_figures
 from latent_tts.results.statistics import agreement, supported_picks
-from latent_tts.text.classes import shared_forms
+from latent_tts.text.answer import shared_forms
 from latent_tts.types import Float64, Floats, Int64, RolloutArrays
 
 

@@ -82,8 +82,16 @@ def complete_run(
         verification = verify(replace(spec, on_answers=None), rollouts, folder) if compared else None
         if not keep_latents:
             (folder / LATENTS).unlink(missing_ok=True)
-        record = {"cache": str(rollouts.cache.folder.resolve())} if keep_cache else {}
-        write_run_folder(folder, spec, rollouts, tables, settings, started, verification=verification, **record)
+        write_run_folder(
+            folder,
+            spec,
+            rollouts,
+            tables,
+            settings,
+            started,
+            verification=verification,
+            **({"cache": str(rollouts.cache.folder.resolve())} if keep_cache else {}),
+        )
     return RunResult(rollouts, tables, verification)
 
 
@@ -143,21 +151,20 @@ def write_run_folder(
     if drawn.timeline and not spec.executor.in_process:
         write_timeline(folder, drawn.timeline, "rollouts")
         record |= {"executor": {"name": spec.executor.name, **describe_timeline(drawn.timeline)}}
-    config = spec.config
-    scored_by = {} if spec.scorer is None else {"name": spec.scorer.name, "digest": spec.scorer.digest}
-    if drawn.scores is not None:
-        scored_by["attention"] = drawn.scores.attention
+    scorer, scores, options = spec.scorer, drawn.scores, spec.config["aggregator"]
     write_run_json(
         folder,
         {
-            "config": config,
+            "config": spec.config,
             "settings": dict(settings) | spec.planned,
             "aggregators": {
-                aggregator.name: {"_target_": config["aggregator"][aggregator.name]["_target_"], **vars(aggregator)}
+                aggregator.name: {"_target_": options[aggregator.name]["_target_"], **vars(aggregator)}
                 for aggregator in spec.aggregators
             },
             "checkpoint_digest": spec.adapter.identity,
-            "scorer": scored_by or None,
+            "scorer": None
+            if scorer is None or scores is None
+            else {"name": scorer.name, "digest": scorer.digest, "attention": scores.attention},
             "schedule": calibration.schedule_key(spec.schedule),
             "versions": environment.versions(quantized=spec.engine.quantize is not None),
             "machine": environment.machine(),

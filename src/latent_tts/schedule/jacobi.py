@@ -98,10 +98,9 @@ class Jacobi(ParallelSchedule):
             latents.latents_RTD[:, changed:stop] = made_RSD[:, changed - first :]
             counts.sweeps_R += not (self.known_first and stop == 1 and latents.first_is_free)
             settled = changed + 1
-            if counts.timeline is not None:
-                is_last = following is None or following[1] > start  # of its chunk, whose latents stay as they are
-                ends = (changed, stop, stop if is_last else settled)
-                counts.timeline.append(Sweep(*(torch.full_like(counts.sweeps_R, end) for end in ends)))
+            is_last = following is None or following[1] > start  # of its chunk, whose latents stay as they are
+            ends = (changed, stop, stop if is_last else settled)
+            counts.timeline.append(Sweep(*(torch.full_like(counts.sweeps_R, end) for end in ends)))
         latents.commit(settled)
 
     def repeated_passes(self, latents: int) -> list[tuple[int, int]]:
