@@ -59,8 +59,8 @@ def rollout_key(spec: RunSpec, computation: Computation, scoring: Computation | 
 
 def is_current(key: Mapping[str, Any]) -> bool:
     """Whether this version of the code reads cache entries of a key; code of other packages is not asked for."""
-    own = (key.get("code") or {}).get(PACKAGE)
-    return key.get("format") == FORMAT and own == code_digests([], [], DRAWING)[PACKAGE]
+    own = code_digests([], [], DRAWING)[PACKAGE]
+    return key.get("format") == FORMAT and (key.get("code") or {}).get(PACKAGE) == own
 
 
 def latents_key(spec: RunSpec, computation: Computation, scoring: Computation | None) -> dict[str, Any]:

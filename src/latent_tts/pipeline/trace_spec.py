@@ -50,11 +50,10 @@ class View:
     directions: int
 
     def __post_init__(self) -> None:
-        known = [name for name in self.maps if name in MAPS]
         require(
             "maps",
             self.maps,
-            bool(known) and known == list(dict.fromkeys(self.maps)),
+            0 < len(self.maps) == len(set(self.maps) & set(MAPS)),
             f"must be a list of {' and '.join(MAPS)}, as in maps=[{','.join(MAPS)}]",
         )
         require(

@@ -144,18 +144,14 @@ def whole_parts(paths: Iterable[Path], columns: list[str]) -> Iterator[tuple[Pat
     for path in paths:
         try:
             table = whole_table(path, columns)
+            if table is None:
+                log.warning("%s is damaged: it is now %s, and its rollouts are missing", path, set_aside(path).name)
         except FileNotFoundError:  # pruned, or set aside by another process
             continue
         except OSError as error:
-            raise RunError(f"{path} cannot be read ({error.strerror})") from error
+            raise RunError(f"{path} cannot be read, or set aside where it is damaged ({error.strerror})") from error
         if table is not None:
             yield path, table
-            continue
-        try:
-            aside = set_aside(path)
-        except OSError as error:
-            raise RunError(f"{path} is damaged, and cannot be set aside ({error.strerror})") from error
-        log.warning("%s is damaged: it is now %s, and its rollouts are missing", path, aside.name)
 
 
 def whole_table(path: Path, columns: list[str]) -> pa.Table | None:
