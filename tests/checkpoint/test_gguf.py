@@ -70,7 +70,7 @@ def test_a_second_start_converts_nothing_and_another_file_is_another_model(tmp_p
     assert {path.name for path in first.parent.iterdir()} == {first.name, second.name}
 
 
-def test_a_damaged_model_is_set_aside_and_converted_again(tmp_path, caplog):
+def test_a_damaged_model_is_removed_and_converted_again(tmp_path, caplog):
     file = tiny_gguf.write(tmp_path / "model.gguf", tiny_gguf.model())
     folder = files.resolve(f"gguf:{file}")
     digest = files.digest(folder)
@@ -78,8 +78,8 @@ def test_a_damaged_model_is_set_aside_and_converted_again(tmp_path, caplog):
         good = (folder / name).read_bytes()
         (folder / name).write_bytes(good[:-9] + bytes([good[-9] ^ 1]) + good[-8:])
         assert files.digest(files.resolve(f"gguf:{file}")) == digest
-        assert f"{name} is damaged: its folder is now {folder.name}.damaged, and it is made anew" in caplog.text
-        assert {model.kind: model.stale for model in kept_models(tmp_path / "cache")}["damaged"]
+        assert f"{name} is damaged: its folder is removed, and made anew" in caplog.text
+        assert [model.folder for model in kept_models(tmp_path / "cache")] == [folder]
         caplog.clear()
     (folder / "model.safetensors").write_bytes(good[:100])
     assert files.digest(files.resolve(f"gguf:{file}")) == digest

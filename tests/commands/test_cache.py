@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import time
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -94,16 +93,6 @@ def test_off_reads_nothing_and_leaves_nothing(run, cached, tmp_path, monkeypatch
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == before
     assert not list((tmp_path / "temporary").iterdir())
     assert "cache" not in json.loads((off.last.parent / "run.json").read_text())
-
-
-def test_a_run_without_cache_that_kept_its_latents_is_scored(run, ltts, checkpoint, tmp_path):
-    scorer = tiny.write_latent_rm(tmp_path / "rm", checkpoint)
-    off = run("cache=off", "keep_latents=true")
-    rescored = ltts("rescore", off.last.parent, "scorer=latent_rm", f"scorer.checkpoint={scorer}")
-    assert rescored.code == 0, rescored.err
-    whole = run("scorer=latent_rm", f"scorer.checkpoint={scorer}")
-    scores = [pd.read_parquet(each.last.parent / "rollouts.parquet")["score"] for each in (rescored, whole)]
-    pd.testing.assert_series_equal(*scores, rtol=1e-5)
 
 
 def test_a_damaged_part_is_drawn_and_a_damaged_score_made_again_in_the_same_run(run, checkpoint, tmp_path):
@@ -236,33 +225,21 @@ def test_models_that_were_converted_or_joined_are_listed_and_pruned(ltts, place)
     (models / "partial-abc").mkdir()
     shutil.copyfile(file, models / "fetched.gguf")
     listed = ltts("cache")
-    assert "3 models" in listed.out
+    assert "2 models" in listed.out  # not the one that is being written
     assert "1 entry" in listed.out
     (row,) = [line for line in listed.out.splitlines() if "joined0-0123456789abcdef" in line]
     assert "stale" in row
-    assert "unfinished" in listed.out
     pruned = ltts("cache", "prune", "stale=true")
-    assert pruned.out.startswith("removed 0 of 1 entry and 1 of 3 models"), pruned.out
+    assert pruned.out.startswith("removed 0 of 1 entry and 1 of 2 models"), pruned.out
     assert not old.exists()
     os.utime(converted.folder, (0, 0))
     assert ltts(*line, f"model.checkpoint=gguf:{file}").code == 0  # which is a use
-    assert ltts("cache", "prune", "older_than=30d").out.startswith("removed 0 of 1 entry and 0 of 2 models")
-    os.utime(models / "partial-abc", (0, 0))
-    assert ltts("cache", "prune", "stale=true").out.startswith("removed 0 of 1 entry and 1 of 2 models")
+    assert ltts("cache", "prune", "older_than=30d").out.startswith("removed 0 of 1 entry and 0 of 1 model")
     assert ltts("cache", "prune", "max_size=1KB").out.startswith("removed 1 of 1 entry and 1 of 1 model,")
-    assert {path.name for path in models.iterdir()} == {"fetched.gguf"}
+    assert {path.name for path in models.iterdir()} == {"fetched.gguf", "partial-abc"}
+    os.utime(models / "partial-abc", (0, 0))  # the process that wrote it was killed long ago
     assert ltts(*line, f"model.checkpoint=gguf:{file}").code == 0
-
-
-def test_a_model_that_is_being_written_is_never_pruned(tmp_path):
-    folder = tmp_path / "models" / "partial-abc"
-    folder.mkdir(parents=True)
-    (folder / "model.safetensors").write_bytes(bytes(2000))
-    os.utime(folder, (0, 0))  # a large file is written for long after it was created
-    everything = {"older_than": 0.0, "max_size": 1.0, "stale": True, "now": time.time() + 9}
-    assert to_prune(kept_models(tmp_path), **everything) == []
-    os.utime(folder / "model.safetensors", (0, 0))
-    assert [each.folder for each in to_prune(kept_models(tmp_path), **everything)] == [folder]
+    assert not (models / "partial-abc").exists()
 
 
 def test_what_cannot_be_pruned_so_is_said(ltts):

@@ -145,7 +145,7 @@ def test_an_adapter_that_is_not_of_pccot_is_merged(gpt2, ltts, tmp_path):
 
 def test_an_adapter_is_no_checkpoint_and_the_line_says_what_to_do(gpt2, ltts):
     result = ltts("run", "model=pccot", f"model.checkpoint={gpt2}", "task.limit=1")
-    check(result, "lacks model.safetensors", f"ltts convert {gpt2} NEW_FOLDER")
+    check(result, "holds an adapter (adapter_config.json)", f"ltts convert {gpt2} NEW_FOLDER")
 
 
 def test_without_peft_the_line_says_how_to_get_it(gpt2, ltts, monkeypatch):

@@ -44,21 +44,19 @@ def batch(number, lengths, shifts=None, device="cpu"):
     return arguments, {"steps_R": steps_R, "position_offset_Q": offset_Q}
 
 
-def check(family, recorder=Recording, *, shifted=False, device="cpu", tolerance=1e-9):
+def check(family, recorder=Recording, *, device="cpu", tolerance=1e-9):
     eager, graphed, recorders = both(family, recorder, device)
     for number, lengths in enumerate(LENGTHS):
-        arguments, settings = batch(number, lengths, SHIFTS[number] if shifted else None, device)
+        arguments, settings = batch(number, lengths, None, device)
         found, wanted = (scorer.score(*arguments, **settings) for scorer in (graphed, eager))
         torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance, equal_nan=True)
     assert len(recorders) == 1
     return graphed, recorders[0]
 
 
-@pytest.mark.parametrize(
-    ("family", "shifted"), [("gpt2", True), ("llama", False), slow("gpt2", False), slow("qwen3", False)]
-)
-def test_a_recorded_batch_gives_the_scores_of_others(family, shifted):
-    graphed, recorder = check(family, shifted=shifted)
+@pytest.mark.parametrize("family", ["gpt2", "llama", slow("qwen3")])
+def test_a_recorded_batch_gives_the_scores_of_others(family):
+    graphed, recorder = check(family)
     assert recorder.recorded == 2
     (bucket,) = graphed._recordings.buckets.values()
     assert len(bucket.trusted) == 2
@@ -67,18 +65,27 @@ def test_a_recorded_batch_gives_the_scores_of_others(family, shifted):
 
 @pytest.mark.slow
 def test_so_does_a_traced_one():
-    check("gpt2", Tracer, shifted=True)
+    check("gpt2", Tracer)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("family", "shifted"), [("gpt2", True), ("llama", False)])
-def test_so_does_a_graph_of_kernels(family, shifted):
-    check(family, CudaRecorder, shifted=shifted, device="cuda:0", tolerance=1e-6)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_so_does_a_graph_of_kernels(family):
+    check(family, CudaRecorder, device="cuda:0", tolerance=1e-6)
 
 
 def test_long_prompts_are_not_recorded(monkeypatch):
     monkeypatch.setattr(graph_scoring, "PROMPT_TOKENS", 0)
-    assert check("gpt2", shifted=True)[1].recorded == 1
+    assert check("gpt2")[1].recorded == 1
+
+
+def test_official_positions_are_scored_as_usual():
+    eager, graphed, recorders = both()
+    for number, lengths in enumerate(LENGTHS):
+        arguments, settings = batch(number, lengths, SHIFTS[number])
+        found, wanted = (scorer.score(*arguments, **settings) for scorer in (graphed, eager))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+    assert not recorders
 
 
 def test_batches_of_other_sizes_have_their_own_recordings():

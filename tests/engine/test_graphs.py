@@ -38,6 +38,7 @@ from latent_tts.random import bits
 from latent_tts.random.draw import Draw
 from latent_tts.results.run_folder import read_rollouts
 from latent_tts.sampler import Sampler
+from latent_tts.sampler.control import Control
 from latent_tts.sampler.gaussian import Gaussian
 from latent_tts.types import Reasoner
 
@@ -156,7 +157,7 @@ def test_so_does_a_graph_of_the_kernels_of_triton(monkeypatch, dtype, sampler, p
     roundings, most = recording._OTHER_ORDER if dtype.itemsize == 4 else recording._OTHER_ORDER_HALF
     for number, lengths in enumerate(LENGTHS):
         found, wanted = (rolled(engine, SAMPLERS[sampler], number, lengths) for engine in (graphed, eager))
-        assert graphs.agreement(found, wanted, roundings) >= most
+        assert graphs.FixedRollouts.agreement(graphed, found, wanted, roundings) >= most
     (bucket,) = graphed._recordings.buckets.values()
     assert len(bucket.trusted) >= 3
 
@@ -236,6 +237,14 @@ def test_so_does_every_adapter(ltts, monkeypatch, tmp_path, model):
     torch.testing.assert_close(*(torch.tensor(table["answer_logprob"]) for table in (here, there)), rtol=0, atol=1e-4)
 
 
+def test_rollouts_with_latents_of_other_questions_are_not_recorded():
+    eager, graphed, recorders = both()
+    for number, lengths in enumerate(LENGTHS):
+        found, wanted = (rolled(engine, Control("shuffle"), number, lengths) for engine in (graphed, eager))
+        assert_same(found, wanted)
+    assert not recorders
+
+
 def test_latents_are_made_without_answers():
     eager, graphed, recorders = both()
     for number, lengths in enumerate(LENGTHS):
@@ -250,14 +259,6 @@ def test_without_answers_each_batch_has_its_own_numbers_of_latents():
     for number, lengths in enumerate([*LENGTHS, [5, 5], [7, 2]]):
         found, wanted = (rolled(engine, NOISE, number, lengths, answers=False) for engine in (graphed, eager))
         assert found.steps_R.tolist() == wanted.steps_R.tolist()
-
-
-def test_the_window_grows_with_what_is_used(monkeypatch):
-    monkeypatch.setattr(graphs, "MIN_LENGTH", 4)
-    eager, graphed, recorders = both(answer=5, ends=False)
-    for number, lengths in enumerate([[9, 13], [12, 9], [15, 7]]):
-        assert_same(rolled(graphed, NOISE, number, lengths), rolled(eager, NOISE, number, lengths))
-    assert recorders[0].recorded == 5  # prompts, latents, the first token, and the others in windows of 4 and 8
 
 
 @pytest.mark.parametrize(("family", "sampler", "plan"), [FEW[0], slow(*FEW[3])])
@@ -535,9 +536,9 @@ def test_either_answer_will_do_where_the_two_most_probable_tokens_are_as_near_as
         counts = nothing_R, nothing_R, nothing_R
         return Rollouts(latents_RTD, nothing_R, ids, -margins_R, margins_R, nothing_R > 0, *counts)
 
-    wanted = rollouts([[1], [2], [3]])
-    assert graphs.agreement(rollouts([[1], [4], [5]]), wanted, roundings=1) == pytest.approx(2 / 3)
-    assert graphs.agreement(rollouts([[1], [4], [5]]), wanted, roundings=0.01) == pytest.approx(1 / 3)
+    wanted, agreement = rollouts([[1], [2], [3]]), partial(graphs.FixedRollouts.agreement, None)
+    assert agreement(rollouts([[1], [4], [5]]), wanted, roundings=1) == pytest.approx(2 / 3)
+    assert agreement(rollouts([[1], [4], [5]]), wanted, roundings=0.01) == pytest.approx(1 / 3)
 
 
 def test_finished_rows_are_noticed_one_pass_late(monkeypatch):

@@ -113,7 +113,7 @@ def passes_of(rollouts: FixedRollouts, sampler: Sampler) -> list[Passes]:
         for position in range(first, plan.max_answer_tokens + 1):
             own = position if sampler.random_answers else None
             grid = grid if grid == (2, 2) else rollouts._all.grid
-            found.append(NextToken(rollouts._all.state.capacity, position == plan.max_answer_tokens, own, grid))
+            found.append(NextToken(position == plan.max_answer_tokens, own, grid))
     return found
 
 
@@ -136,8 +136,6 @@ def check(family: str, sampler: Sampler, settings: dict[str, Any]) -> None:
     numbers_QN = torch.arange(ROLLOUTS, device="meta").repeat(QUESTIONS, 1)
     with torch.inference_mode(), SiteHooks(lm, sampler) as hooks:
         draw = Draw.of(0, list("abcd"), numbers_QN, tiny.WIDTH, engine.blocks)
-        if sampler.needs_donor:
-            draw.donor_RTD = torch.zeros(numbers_QN.numel(), engine.plan.latents, tiny.WIDTH, device="meta").bfloat16()
         rollouts = FixedRollouts(engine, hooks, draw, QUESTIONS, LENGTH, NOT_USED)
         rollouts.load(tiny.prompts([9, 3, 1, 5]), draw, hooks)
         check_passes(rollouts, passes_of(rollouts, sampler))
@@ -151,15 +149,13 @@ def test_recorded_passes_neither_wait_nor_copy(monkeypatch, family, sampler, pla
     check(family, SAMPLERS[sampler], PLANS[plan])
 
 
-@pytest.mark.parametrize("shifted", [False, True])
-def test_neither_do_those_of_a_scorer(shifted):
+def test_neither_do_those_of_a_scorer():
     model = tiny.reward_model("gpt2")
     scorer = LatentScorer(RewardModel(model.backbone.bfloat16().to("meta"), lambda hidden: hidden[..., 0].float()))
     latents_RTD = torch.zeros(QUESTIONS * ROLLOUTS, 3, tiny.WIDTH, device="meta")
-    offset_Q = torch.zeros(QUESTIONS, dtype=torch.long) if shifted else None
     with torch.inference_mode():
-        scores = FixedScores(scorer, QUESTIONS, LENGTH, latents_RTD, NOT_USED, shifted=shifted)
-        scores.load(tiny.prompts([9, 3, 1, 5]), latents_RTD, offset_Q)
+        scores = FixedScores(scorer, QUESTIONS, LENGTH, latents_RTD, NOT_USED)
+        scores.load(tiny.prompts([9, 3, 1, 5]), latents_RTD)
         check_passes(scores, [Prompts(), StepScores()])
 
 

@@ -221,7 +221,7 @@ class Reading:
 
     path: str
 
-    def start(self):
+    def __call__(self):
         return self
 
     def compute(self, error):

@@ -75,10 +75,10 @@ def test_a_run_and_a_rescoring_move_their_bars_within_the_first_batch(ltts, monk
         show(self, done, note)
 
     monkeypatch.setattr(report.ProgressBar, "show", remember)
-    result = ltts("run", "task.limit=2", "n=4", "budget=fixed", "keep_latents=true", "hydra.run.dir=run")
+    result = ltts("run", "task.limit=2", "n=4", "budget=fixed", "scorer=none", "hydra.run.dir=run")
     assert result.code == 0, result.err
     drawn, shown[:] = shown[:], []
-    result = ltts("rescore", "run", "scorer=latent_rm", "paths.cache=other")
+    result = ltts("rescore", "run", "scorer=latent_rm", "scorer.checkpoint=shipped:coconut_arith_rm")
     assert result.code == 0, result.err
     for steps, passes in ((drawn, 4), (shown, 1)):
         assert 0 < steps[0] < 8

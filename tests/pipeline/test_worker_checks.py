@@ -19,7 +19,8 @@ from latent_tts.executor.local import Local
 from latent_tts.executor.ray import Ray
 from latent_tts.model.coconut import Coconut
 from latent_tts.pipeline import code, worker_checks
-from latent_tts.pipeline.worker_checks import check_code, check_draft, check_weights, code_of_driver
+from latent_tts.pipeline.code import WHOLE, code_digests
+from latent_tts.pipeline.worker_checks import check_code, check_draft, check_weights, work_of
 
 
 @pytest.fixture(autouse=True)
@@ -40,8 +41,7 @@ def new_process(monkeypatch):
     "module", ["text/answer.py", slow("scorer/latent_rm.py"), slow("pipeline/labeller.py"), slow("executor/ray.py")]
 )
 def test_a_difference_in_any_module_of_the_package_is_refused(module, new_process, tmp_path, monkeypatch):
-    driver = code_of_driver(Ray(), [], [])
-    assert driver is not None
+    driver = code_digests([], [], WHOLE)
     check_code(driver)
     here = tmp_path / "latent_tts"
     shutil.copytree(Path(code.__file__).parents[1], here, ignore=lambda *_: {"weights", "__pycache__"})
@@ -61,8 +61,7 @@ def test_another_version_of_a_package_with_an_option_is_refused(new_process, tmp
     (tmp_path / "own_sampler.py").write_text("class Own:\n    size = 1\n")
     import own_sampler  # pyright: ignore[reportMissingImports]
 
-    driver = code_of_driver(Ray(), [own_sampler.Own()], [{"_target_": "own_sampler.Own"}])
-    assert driver is not None
+    driver = code_digests([own_sampler.Own()], [{"_target_": "own_sampler.Own"}], WHOLE)
     monkeypatch.delitem(sys.modules, "own_sampler")
     new_process()
     check_code(driver)  # which a worker has not imported yet
@@ -74,7 +73,18 @@ def test_another_version_of_a_package_with_an_option_is_refused(new_process, tmp
 
 
 def test_nothing_is_compared_in_the_drivers_own_process():
-    assert code_of_driver(Local(), [], []) is None
+    def make():
+        raise AssertionError
+
+    assert work_of(Local(), make, [], [], []) is make
+
+
+def test_work_of_another_process_is_done_only_with_the_drivers_code(monkeypatch):
+    work = pickle.loads(pickle.dumps(work_of(Ray(), Path, [], [], [])))  # pyright: ignore[reportArgumentType]
+    assert work() == Path()
+    monkeypatch.setattr(worker_checks, "code_digests", lambda *_: {"latent_tts": "other"})
+    with pytest.raises(RunError, match="has another version of latent_tts than the driver"):
+        work()
 
 
 def draft_in(folder, seed=0):
@@ -112,7 +122,7 @@ def test_weights_are_read_once_per_process_and_others_are_refused(checkpoint, tm
     work = pickle.dumps(adapter)
     for _ in range(3):
         sent = pickle.loads(work)
-        check_weights(sent, None)
+        check_weights([sent, None])
         assert sent.digest == driver
     assert len(read) == 2  # by the driver, and by the worker
     worker_checks._checked.clear()
@@ -120,4 +130,4 @@ def test_weights_are_read_once_per_process_and_others_are_refused(checkpoint, tm
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(RunError, match="has other weights of"):
-        check_weights(pickle.loads(work))
+        check_weights([pickle.loads(work)])

@@ -150,15 +150,13 @@ def test_a_file_of_another_run_or_a_damaged_one_is_refused_by_name(run, complete
         check_refused("collect", "runs=[one]", "output=all.csv", words=[f"one/{name}: {refused}"])
 
 
-def test_overwritten_latents_are_refused_by_name(run, ltts, checkpoint, tmp_path):
-    import tiny
-
-    scorer = tiny.write_latent_rm(tmp_path / "rm", checkpoint)
+def test_overwritten_latents_are_refused_by_name(run, tmp_path):
     run("hydra.run.dir=one", "keep_latents=true", "cache=off")
+    open_latents(Path("one"), 24)
     path = tmp_path / "one" / "latents.safetensors"
     save_file({name: values + 1 for name, values in load_file(path).items()}, path)
-    rescored = ltts("rescore", "one", "scorer=latent_rm", f"scorer.checkpoint={scorer}")
-    check(rescored, "one/latents.safetensors: is damaged, or of another run")
+    with pytest.raises(UsageError, match=r"one/latents\.safetensors: is damaged, or of another run"):
+        open_latents(Path("one"), 24)
 
 
 @pytest.mark.slow

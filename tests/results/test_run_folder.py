@@ -80,8 +80,12 @@ def add(cache, rows):
 
 def gathered(cache, pairs):
     """What the cache has of some rows."""
-    rows = GatheredRows(wanted(*pairs), SCORE_FIELDS if isinstance(cache, ScoreCache) else ROLLOUT_FIELDS)
-    cache.gather(rows)
+    if isinstance(cache, ScoreCache):
+        rows = GatheredRows(wanted(*pairs), SCORE_FIELDS)
+        cache.gather(rows)
+    else:
+        rows = GatheredRows(wanted(*pairs), ROLLOUT_FIELDS)
+        cache.gather(rows, {})
     return rows
 
 
@@ -186,7 +190,7 @@ def test_what_is_missing_is_said_and_gathered_later(cache):
     assert rows.missing().to_dict("list") == {"row_key": ["a", "b"], "rollout": [1, 0]}
     assert runs_of(rows.missing()) == [("a", range(1, 2)), ("b", range(1))]
     add(cache, [row("b", 0), row("a", 1)])
-    cache.gather(rows)
+    cache.gather(rows, {})
     assert rows.frame()["row_key"].tolist() == ["a", "a", "b"]
 
 
@@ -267,12 +271,12 @@ def test_of_a_large_cache_only_the_parts_that_hold_what_is_wanted_are_read(cache
     assert len(sizes) > 2
     assert max(sizes.values()) <= 16e6
     first = GatheredRows(part, ROLLOUT_FIELDS)
-    cache.gather(first)  # makes the index
+    cache.gather(first, {})  # makes the index
     read, real = [], {name: getattr(type(cache.folder), name) for name in ("read_bytes", "read_text")}
     for name, method in real.items():
         monkeypatch.setattr(type(cache.folder), name, lambda path, method=method: read.append(path) or method(path))
     again = GatheredRows(part, ROLLOUT_FIELDS)
-    cache.gather(again)
+    cache.gather(again, {})
     expected = first.frame()
     assert len(expected) == 10_000
     pd.testing.assert_frame_equal(again.frame(), expected)
@@ -281,7 +285,7 @@ def test_of_a_large_cache_only_the_parts_that_hold_what_is_wanted_are_read(cache
     assert sum(path.stat().st_size for path in read) <= 1.2 * held < 0.8 * sum(sizes.values())
     (cache.folder / parts.INDEX).unlink()
     rebuilt = GatheredRows(part, ROLLOUT_FIELDS)
-    cache.gather(rebuilt)
+    cache.gather(rebuilt, {})
     pd.testing.assert_frame_equal(rebuilt.frame(), expected)
     assert (cache.folder / parts.INDEX).is_file()
 
@@ -569,10 +573,9 @@ def run_folder(path, table=None, complete=True):
 def test_joining_leaves_out_runs_that_did_not_end(tmp_path):
     good = run_folder(tmp_path / "0", metrics_table("r0"))
     stopped = run_folder(tmp_path / "1", metrics_table("r1"), complete=False)
-    no_table = run_folder(tmp_path / "2")
     other = run_folder(tmp_path / "3", metrics_table("r3", ns=[2]))
     assert [is_complete(folder) for folder in (good, stopped)] == [True, False]
-    tables = read_tables([good, stopped, no_table, other])
+    tables = read_tables([good, stopped, other])
     assert list(tables) == [good, other]
     joined = join_tables(tables.values())
     assert joined["run_id"].tolist() == ["r0"] * 4 + ["r3"] * 2

@@ -170,11 +170,7 @@ def test_the_timeline_adds_up_to_what_is_counted(family, sampler, chunk, toleran
         REASONERS[family], plan(5, Speculative(chunk, tolerance), stop_id=STOP_IDS[family] if stops else None)
     )
     prompts = tiny.prompts([1, 9])
-    untold = roll(engine, prompts, range(2), sampler)
-    assert untold.timeline == []
-    engine.keeps_timeline = True
     told = roll(engine, prompts, range(2), sampler)
-    torch.testing.assert_close(told.latents_RTD, untold.latents_RTD, rtol=0, atol=0)
     before_R, sweeps_R, conflicts_R = torch.zeros(3, 4, dtype=torch.long)
     for number, sweep in enumerate(told.timeline):
         computed_R = sweep.stop_R - sweep.first_R

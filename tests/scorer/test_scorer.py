@@ -16,13 +16,16 @@ from marks import slow
 from refusal import check, check_refused
 from safetensors.numpy import load_file
 
+from latent_tts.engine.cost import Rates
 from latent_tts.errors import UsageError
 from latent_tts.model.coconut import Coconut
 from latent_tts.pipeline import drawer
-from latent_tts.pipeline.drawing import score_kept
+from latent_tts.pipeline.batch import BatchScorer, batch_table
+from latent_tts.pipeline.drawing import jobs_of, split_by_offset
 from latent_tts.pipeline.scores import CachedScores, reduce_scores, score_positions
 from latent_tts.pipeline.spec import EngineSettings
-from latent_tts.results.cache import MEASURED
+from latent_tts.results.cache import MEASURED, SCORE_SCHEMA
+from latent_tts.results.parts import write_part
 from latent_tts.results.run_folder import read_metrics
 from latent_tts.scorer.auto import auto
 from latent_tts.scorer.latent_rm import LatentRM
@@ -158,11 +161,11 @@ def test_scores_of_a_table_equal_plain_forward_passes(checkpoint, latent_rm, tmp
     offsets = score_positions(spec, rows)
     cached = CachedScores(spec, tmp_path / "cache", rows[["row_key", "rollout"]], Computation())
 
-    def read_latents(batch):
-        found = [places.index((job.row_key, number)) for job in batch for number in job.rollouts]
-        return latents[found], torch.full((len(found),), 6)
-
-    score_kept(spec, cached.open(), cached.rows.missing(), offsets, read_latents)
+    batch_scorer = BatchScorer(spec, Rates(1e9, 1e9))
+    for job in split_by_offset(jobs_of(spec, cached.rows.missing()), offsets):
+        found = [places.index((job.row_key, number)) for number in job.rollouts]
+        columns = batch_scorer.score([job], latents[found], torch.full((len(found),), 6))
+        write_part(cached.open().folder, batch_table(SCORE_SCHEMA, [job], columns))
     cached.gather_rescored()
     scores = reduce_scores(spec, cached, rows, offsets, 6)
     assert scores.seconds > 0
@@ -269,12 +272,12 @@ def test_latents_are_thought_again_for_another_scorer_and_to_be_kept(run, cached
 
 @pytest.mark.slow  # the next test grows n too
 def test_each_n_of_a_sweep_gives_the_diversity_that_it_gives_alone(run, monkeypatch):
-    monkeypatch.setattr(drawer.directions, "_sums", {})
+    drawer.directions_of.cache_clear()
     run("n=2", "sampler=gaussian", "scorer=none", "engine.rows=7")
     for n in (3, 6):
         alone = run(f"n={n}", f"paths.cache=alone{n}", "sampler=gaussian", "scorer=none")
         if n == 6:  # as another process would
-            monkeypatch.setattr(drawer.directions, "_sums", {})
+            drawer.directions_of.cache_clear()
         grown = run(f"n={n}", "sampler=gaussian", "scorer=none", "engine.rows=7")
         assert "compute again" not in grown.err
         found, expected = (value(tables(each)[1], "diversity", n=n) for each in (grown, alone))
@@ -288,7 +291,7 @@ def test_sums_of_directions_that_are_lost_are_computed_again(run, monkeypatch, d
     run(*line, "n=3")
     (kept,) = Path("cache").rglob("*.sums")
     damage(kept)
-    monkeypatch.setattr(drawer.directions, "_sums", {})  # as another process would
+    drawer.directions_of.cache_clear()  # as another process would
     grown = run(*line, "n=6")
     assert "latents of 18 cached rollouts to compute again, for diversity" in grown.err
     found, expected = (value(tables(each)[1], "diversity", n=6) for each in (grown, whole))
@@ -325,23 +328,14 @@ def test_rescoring_equals_a_run_with_that_scorer_and_draws_nothing(run, scored, 
     np.testing.assert_allclose([row[-1] for row in steps["step_scores"]], last["score"], rtol=1e-5)
 
 
-def test_kept_latents_are_enough_to_rescore(run, ltts, latent_rm, tmp_path):
-    source = run("keep_latents=true").last.parent
-    from_cache, _, _ = tables(rescore(ltts, source, latent_rm))
-    shutil.rmtree(tmp_path / "cache")
-    from_file, metrics, _ = tables(rescore(ltts, source, latent_rm))
-    pd.testing.assert_frame_equal(from_cache, from_file)
-    assert metrics.loc[metrics["metric"] == "seconds", "value"].isna().all()
-
-
-def test_rescoring_refuses_what_has_no_latents_or_no_scorer(run, ltts, latent_rm, checkpoint, tmp_path):
+def test_rescoring_refuses_what_the_cache_lacks_and_what_has_no_scorer(run, ltts, latent_rm, checkpoint, tmp_path):
     copied = shutil.copytree(checkpoint, tmp_path / "copied")
     source = run(f"model.checkpoint={copied}").last.parent
     check(ltts("rescore", source), "scorer=auto", "scorer.checkpoint")
     check(ltts("rescore", source, "scorer=none"), "scorer=none", "scorer.checkpoint")
     check(ltts("rescore"), "RUN is missing")
     shutil.rmtree(tmp_path / "cache")
-    check(rescore(ltts, source, latent_rm), "not in the cache", "latents.safetensors", "keep_latents=true")
+    check(rescore(ltts, source, latent_rm), "not in the cache", "re-run its command with cache=on")
     config_json = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps(config_json | {"embd_pdrop": 0.3}))
     line = "rescore", f"run={source}", "scorer=latent_rm", f"scorer.checkpoint={latent_rm}"

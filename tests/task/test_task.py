@@ -409,15 +409,14 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path):
     not_gzip.write_bytes(b'{"question": "a", "answer": 1}\n')
     cut.write_bytes(gzip.compress(b'{"question": "a", "answer": 1}\n' * 100)[:-12])
     not_text.write_bytes(b"\xff\xfe\x00{")
-    others = {name: tmp_path / f"{name}.jsonl" for name in ("parquet", "excel", "compressed", "table")}
+    others = {name: tmp_path / f"{name}.jsonl" for name in ("parquet", "compressed", "table")}
     pd.DataFrame({"question": ["a"], "answer": [1]}).to_parquet(others["parquet"])
-    others["excel"].write_bytes(b"PK\x03\x04\x14\x00")
     others["compressed"].write_bytes(gzip.compress(b'{"question": "a", "answer": 1}\n'))
     others["table"].write_bytes(b"\xef\xbb\xbfquestion;answer\r\na;1\r\n")
     for path, why in (
-        (not_gzip, "cannot be read"), (cut, "cannot be read"), (not_text, "is not UTF-8"),
-        (others["parquet"], "is a Parquet file; each line must be"), (others["excel"], "is a zip or Excel file"),
-        (others["compressed"], "is compressed, so its name must end in .gz"),
+        (not_gzip, "cannot be read"), (cut, "cannot be read"), (not_text, "is no text in UTF-8"),
+        (others["parquet"], "is no text in UTF-8 .*; each line must be"),
+        (others["compressed"], "is no text in UTF-8 .*; if it is compressed, its name must end in .gz"),
         (others["table"], "line 1 is not JSON .*\neach line must be .*\npandas writes"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=rf"^task\.path={re.escape(str(path))}: {why}"):

@@ -14,11 +14,13 @@ from typing import Any, ClassVar, Protocol, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from latent_tts.text.classes import shared_forms
+from latent_tts.text.answer import shared_forms
 from latent_tts.types import Bools, Float64, Int64
 
 TIE = 1e-12  # relative; as in `results.statistics`: sums of equal weights differ by less, whatever their order
 NOT_CERTIFIED = "not certified"
+SCORED = ("weighted", "best_of_n")  # aggregators that read scores
+MIN_SCORES = 3  # Student's t needs two degrees of freedom for an expected gain
 
 
 @dataclass(frozen=True)
@@ -125,12 +127,17 @@ class Tally:
     def sums(self, value_N: NDArray[Any]) -> Float64:
         """Sums (N, K) of a value of each rollout over the classes of `votes`, after each rollout."""
         if self.equal is None:
-            return _sums(_codes(self.answers), value_N)
+            return _sums(self.class_N, value_N)
         sum_NK = np.zeros((self.drawn, max(1, len(set(self.answers) - {None}))))
         for place, code_N in enumerate(self._classes):
             read_N = code_N >= 0
             sum_NK[place] = np.bincount(code_N[read_N], value_N[: place + 1][read_N], sum_NK.shape[1])
         return sum_NK
+
+    @property
+    def class_N(self) -> Int64:
+        """The class of each answer among all of them; -1 for unreadable ones."""
+        return _codes(self.answers) if self.equal is None else self._classes[-1]
 
     @cached_property
     def _classes(self) -> list[Int64]:
@@ -170,6 +177,33 @@ def _sums(code_N: Int64, value_N: NDArray[Any]) -> Float64:
     return added_NK.cumsum(0)
 
 
+def standing_of_best(score_N: Float64) -> tuple[Float64, Float64, Float64]:
+    """Where the best score so far is in the distribution of the next one, after each rollout.
+
+    Scores of a question are taken as normal with unknown mean and variance (prior 1/variance), so that the next one is
+    Student's t with k - 1 degrees of freedom around the mean of the k scores so far, with scale sd sqrt(1 + 1/k).
+
+    Args:
+        score_N: of each rollout; NaN where it has none.
+
+    Returns:
+        k; the scale, 0 where the scores are equal; and the best score in units of the scale, from the mean (0 there).
+    """
+    scored_N = np.isfinite(score_N)
+    value_N = np.where(scored_N, score_N, 0.0)
+    count_N = scored_N.cumsum().astype(float)
+    k_N = np.maximum(count_N, MIN_SCORES)
+    origin = value_N[scored_N.argmax()]  # sums are about the first score, so that a large mean costs no digits
+    moved_N = np.where(scored_N, value_N - origin, 0.0)
+    mean_N = moved_N.cumsum() / k_N
+    square_N = np.maximum(np.square(moved_N).cumsum() - k_N * np.square(mean_N), 0.0)
+    scale_N = np.sqrt(square_N / (k_N - 1) * (1 + 1 / k_N))
+    scale_N[scale_N <= 1e-12 * max(1.0, abs(origin))] = 0.0
+    best_N = np.maximum.accumulate(np.where(scored_N, moved_N, -np.inf))
+    known_N = (count_N >= MIN_SCORES) & (scale_N > 0)
+    return count_N, scale_N, np.divide(best_N - mean_N, scale_N, out=np.zeros_like(mean_N), where=known_N)
+
+
 @dataclass(frozen=True)
 class Stop:
     """Where a question needs no more rollouts.
@@ -201,8 +235,8 @@ class Rule(Protocol):
 
     @property
     def needs_score(self) -> bool:
-        """Whether it reads scores."""
-        return False
+        """Whether it reads scores; as the aggregator does, if it does not say otherwise."""
+        return self.aggregator in SCORED
 
     @property
     def certificate(self) -> str:
@@ -273,7 +307,6 @@ class AdaptiveBudget(Budget, Protocol):
         Raises:
             UsageError: it cannot.
         """
-        ...
 
     def next(self, tallies: Sequence[Tally]) -> Int64:
         """How many more rollouts each question gets (Q,); all 0: they have enough."""

@@ -11,13 +11,11 @@ from typing import ClassVar
 import numpy as np
 from scipy.special import betaln, gammaln, stdtr
 
-from latent_tts.budget import Budget, Stop, Tally
+from latent_tts.budget import MIN_SCORES, SCORED, Budget, Stop, Tally, standing_of_best
 from latent_tts.errors import check_fields, require
 from latent_tts.types import Float64, Int64
 
-AGGREGATORS = ("majority", "best_of_n")
 UNITS = ("rollouts", "gflop")
-MIN_SCORES = 3
 log = logging.getLogger(__name__)
 
 
@@ -62,19 +60,19 @@ class Shared(Budget):
     def __post_init__(self) -> None:
         check_fields(
             "budget", self, first="a positive integer", round="a positive integer", total="a positive number",
-            unit=UNITS, step="a number in (0, 1]", aggregator=AGGREGATORS,
+            unit=UNITS, step="a number in (0, 1]", aggregator=CHANCES,
         )  # fmt: skip
 
     @property
     def label(self) -> str:
         """The settings that tell it from others."""
-        rounds = f"first={self.first} round={self.round} step={self.step:g}"
-        return f"shared {self.total:.12g} {self.unit} {self.aggregator} {rounds}"
+        budget = f"shared {self.total:.12g} {self.unit} {self.aggregator}"
+        return f"{budget} first={self.first} round={self.round} step={self.step:g}"
 
     @property
     def needs_score(self) -> bool:
         """Whether it looks at scores."""
-        return self.aggregator == "best_of_n"
+        return self.aggregator in SCORED
 
     def check(self, questions: int, n: int, answer_rule: str) -> None:
         """Check that the budget is enough for `first` rollouts of each question."""
@@ -97,21 +95,16 @@ class Shared(Budget):
                 "budget.total=%g: the first %d rollouts of all questions alone took %.4g %s",
                 self.total, self.first, self.total - left, self.unit.upper(),
             )  # fmt: skip
-        size_Q = np.array([min(self.round, tally.n - tally.drawn) for tally in tallies])
-        cost_Q = np.array([self._cost(tally, int(size)) for size, tally in zip(size_Q, tallies, strict=True)])
-        worth_Q = np.array([self._worth(tally, int(size)) for size, tally in zip(size_Q, tallies, strict=True)])
-        rate_Q = np.divide(worth_Q, cost_Q, out=np.zeros_like(worth_Q), where=cost_Q > 0)
-        drawn_Q = np.array([tally.drawn for tally in tallies])
-        by_worth_Q = np.lexsort((drawn_Q, -rate_Q))
-        for place in by_worth_Q[: ceil(self.step * len(tallies))]:
-            if rate_Q[place] <= 0:
-                break
-            size = int(size_Q[place])
+        rates = list(map(self._rate, tallies))
+        by_rate = sorted(range(len(tallies)), key=lambda place: (-rates[place], tallies[place].drawn))
+        for place in by_rate[: ceil(self.step * len(tallies))]:
+            tally = tallies[place]
+            size = self._size(tally) if rates[place] > 0 else 0
             if self.unit == "rollouts":
                 size = min(size, int(left))
-            elif cost_Q[place] > left:
+            elif self._cost(tally, size) > left:
                 size = 0
-            more_Q[place], left = size, left - self._cost(tallies[place], size)
+            more_Q[place], left = size, left - self._cost(tally, size)
         return more_Q
 
     def stops(self, tallies: Sequence[Tally]) -> list[Stop]:
@@ -128,7 +121,10 @@ class Shared(Budget):
     def _why(self, tally: Tally) -> str:
         if tally.drawn == tally.n:
             return "n"
-        return "total" if self._worth(tally, min(self.round, tally.n - tally.drawn)) > 0 else "worth"
+        return "total" if self._rate(tally) > 0 else "worth"
+
+    def _size(self, tally: Tally) -> int:
+        return min(self.round, tally.n - tally.drawn)
 
     def _spent(self, tally: Tally) -> float:
         return tally.drawn if self.unit == "rollouts" else tally.gflop
@@ -139,10 +135,11 @@ class Shared(Budget):
             return size
         return tally.prompt_gflop + size * float(tally.gflop_N.mean())
 
-    def _worth(self, tally: Tally, size: int) -> float:
-        if size == 0:
-            return 0.0
-        return chance_of_new_leader(tally, size) if self.aggregator == "majority" else chance_of_new_best(tally, size)
+    def _rate(self, tally: Tally) -> float:
+        """What a round of the question is worth, per unit of its cost."""
+        size = self._size(tally)
+        cost, chance = self._cost(tally, size), CHANCES[self.aggregator]
+        return chance(tally, size) / cost if cost > 0 else 0.0
 
 
 def chance_of_new_leader(tally: Tally, size: int) -> float:
@@ -163,12 +160,10 @@ def chance_of_new_leader(tally: Tally, size: int) -> float:
 
 def chance_of_new_best(tally: Tally, size: int) -> float:
     """Probability that one of some rollouts scores above the best so far; see `Shared`."""
-    score_N = tally.score_N[np.isfinite(tally.score_N)]
-    count = len(score_N)
+    count, scale, best = (float(each_N[-1]) for each_N in standing_of_best(tally.score_N))
     if count < MIN_SCORES:
         return 1.0
-    scale = float(score_N.std(ddof=1)) * np.sqrt(1 + 1 / count)
-    if scale <= 1e-12 * max(1.0, float(np.abs(score_N).max())):
-        return 0.0
-    below = float(stdtr(count - 1, (score_N.max() - score_N.mean()) / scale))
-    return 1 - below**size
+    return 1 - float(stdtr(count - 1, best)) ** size if scale > 0 else 0.0
+
+
+CHANCES = {"majority": chance_of_new_leader, "best_of_n": chance_of_new_best}  # by aggregator

@@ -14,16 +14,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
+
+from tokenizers import Tokenizer
 
 from latent_tts.checkpoint import files, joining
 from latent_tts.errors import UsageError, as_typed, is_whole, require
+from latent_tts.schedule import Schedule
+from latent_tts.text.answer import AnswerRule
 from latent_tts.types import Question, Reasoner
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-    from latent_tts.schedule import Schedule
 
 log = logging.getLogger(__name__)
 MAX_WORDS = 120  # of a vocabulary that an error lists
@@ -56,7 +55,7 @@ class CheckpointAdapter:
     eos: str | int | Sequence[str | int] | None = None
 
     family: ClassVar[str]
-    question_end: ClassVar[str]  # written between the question and <|start-latent|>
+    question_end: ClassVar[str] = ""  # written between the question and <|start-latent|>
 
     def __post_init__(self) -> None:
         require(
@@ -65,14 +64,13 @@ class CheckpointAdapter:
             isinstance(self.checkpoint, str),
             f"must be a folder or hub id: model={self.name} has no default",
         )
-        for key in ("name", "revision"):
-            value = getattr(self, key)
-            require(f"model.{key}", value, isinstance(value, str | int | float | None), "must be text, or null")
-        for key in ("trained_latents", "recommended"):
-            value = getattr(self, key)
-            require(
-                f"model.{key}", value, isinstance(value, Mapping | None), "must be a mapping, as in conf/model/*.yaml"
-            )
+        for key, kind, allowed in (
+            ("name", str | int | float | None, "must be text, or null"),
+            ("revision", str | int | float | None, "must be text, or null"),
+            ("trained_latents", Mapping | None, "must be a mapping, as in conf/model/*.yaml"),
+            ("recommended", Mapping | None, "must be a mapping, as in conf/model/*.yaml"),
+        ):
+            require(f"model.{key}", getattr(self, key), isinstance(getattr(self, key), kind), allowed)
         require(
             "model.latents",
             self.latents,
@@ -115,14 +113,19 @@ class CheckpointAdapter:
             f"and the {type(self).__name__} adapter reads {self.family} ones\n"
             f"choose the model that reads it, or a {self.family} checkpoint",
         )
-        files.check_for_adapter(self.folder)
         files.check_sizes(self.config, self.folder)
         files.check_shapes(self.config, shapes, self.folder)
         self.check_tensors(shapes)
         self.check_tokens()
         files.check_vocabulary(self.tokenizer, shapes, self.config, self.folder)
         _ = self.thinking_end_ids, self.eos_ids, self.positions
-        self._warn_of_other_eos()
+        said = {name: set(ids) for name, ids in self._special_ids("eos").items() if ids}
+        if self.eos is None and any(ids != set(self.eos_ids) for ids in said.values()):
+            log.warning(
+                "%s: its files name different end tokens (%s); an answer ends at any of %s; model.eos chooses others",
+                self.checkpoint, ", ".join(f"{name} has {sorted(ids)}" for name, ids in said.items()),
+                [self.tokenizer.id_to_token(token) for token in self.eos_ids],
+            )  # fmt: skip
         of_file = self.recorded.get("latents")
         trained = of_file if is_whole(of_file) else (self.trained_latents or {}).get(self.checkpoint)
         if trained is not None and trained != self.latents:
@@ -130,9 +133,9 @@ class CheckpointAdapter:
 
     @cached_property
     def latent_weights(self) -> int:
-        """Matrix entries of the family's own tensors."""
-        shapes, prefixes = files.weight_shapes(self.folder), tuple(files.FAMILIES)
-        return sum(prod(shape) for name, shape in shapes.items() if name.startswith(prefixes) and len(shape) == 2)
+        """Matrix entries of the family's own tensors, without CoLaR's `log_std`, which only `sampler=native` runs."""
+        own = {name: shape for name, shape in files.weight_shapes(self.folder).items() if len(shape) == 2}
+        return sum(prod(own[name]) for name in own if name.startswith(tuple(files.FAMILIES)) and "log_std" not in name)
 
     @property
     def has_spread(self) -> bool:
@@ -253,7 +256,12 @@ class CheckpointAdapter:
             UsageError: no file names one, or `eos` names no token.
         """
         if self.eos is not None:
-            return self._chosen_eos(self.eos if isinstance(self.eos, list | tuple) else [self.eos])
+            chosen = self.eos if isinstance(self.eos, list | tuple) else [self.eos]
+            ids = [self.tokenizer.token_to_id(token) if isinstance(token, str) else token for token in chosen]
+            known = [token for token in ids if files.is_token(token, self.tokenizer)]
+            allowed = f"must be a token of {self.checkpoint}, by its text or id, or a list of them"
+            require("model.eos", self.eos, bool(known) and known == ids, allowed)
+            return tuple(dict.fromkeys(known))
         named = self._special_ids("eos")
         of_tokenizer = named["tokenizer_config.json"]
         of_config = named["config.json"]
@@ -272,35 +280,13 @@ class CheckpointAdapter:
     def _special_ids(self, kind: str) -> dict[str, list[int]]:
         return files.special_ids(kind, self.folder, self.config, self.tokenizer)
 
-    def _chosen_eos(self, tokens: Sequence[Any]) -> tuple[int, ...]:
-        ids = []
-        allowed = f"must be a token of {self.checkpoint}, by its text or id, or a list of them"
-        require("model.eos", list(tokens), bool(tokens), allowed)
-        for token in tokens:
-            found = self.tokenizer.token_to_id(token) if isinstance(token, str) else token
-            require("model.eos", token, files.is_token(found, self.tokenizer), allowed)
-            ids.append(found)
-        return tuple(dict.fromkeys(ids))
-
-    def _warn_of_other_eos(self) -> None:
-        """Warn once where the checkpoint's files name different end tokens."""
-        said = {name: set(ids) for name, ids in self._special_ids("eos").items() if ids}
-        if self.eos is None and any(ids != set(self.eos_ids) for ids in said.values()):
-            listed = ", ".join(f"{name} has {sorted(ids)}" for name, ids in said.items())
-            log.warning(
-                "%s: its files name different end tokens (%s); an answer ends at any of %s; model.eos chooses others",
-                self.checkpoint, listed, [self.tokenizer.id_to_token(token) for token in self.eos_ids],
-            )  # fmt: skip
-
     def _warn_of_tokens_around(self) -> None:
         """Warn where `tokenizer_config.json` asks for a token around texts that `tokenizer.json` does not add."""
-        added = files.tokens_around(self.tokenizer)
-        for name, asked in files.asked_around(self.folder, self.tokenizer).items():
-            if asked is not None and asked != added[name]:
-                log.warning(
-                    "%s: tokenizer_config.json has add_%s=%s, tokenizer.json %s such a token; prompts are made by "
-                    "tokenizer.json", self.checkpoint, name, as_typed(asked), "adds" if added[name] else "adds no",
-                )  # fmt: skip
+        for name, asked in files.tokens_around(self.folder, self.tokenizer).items():
+            log.warning(
+                "%s: tokenizer_config.json has %s=%s, tokenizer.json %s such a token; prompts are made by "
+                "tokenizer.json", self.checkpoint, name, as_typed(asked), "adds no" if asked else "adds",
+            )  # fmt: skip
 
     def encode(self, question: Question) -> list[int]:
         """Token ids of the prompt: the question, the recipe's ending, `<|start-latent|>`.
@@ -317,7 +303,7 @@ class CheckpointAdapter:
             UsageError: a word is not in a word-level vocabulary.
         """
         encoding = self.tokenizer.encode(text, add_special_tokens=special)
-        unknown = self._unknown_id
+        unknown = self.tokenizer.token_to_id("<|unknown|>")
         if unknown is not None and unknown in encoding.ids:
             start, end = encoding.offsets[encoding.ids.index(unknown)]
             known = [token for token in sorted(self.tokenizer.get_vocab()) if re.fullmatch(r"[A-Za-z]+", token)]
@@ -329,10 +315,6 @@ class CheckpointAdapter:
                 "for other words use a checkpoint with a subword tokenizer"
             )
         return encoding.ids
-
-    @cached_property
-    def _unknown_id(self) -> int | None:
-        return self.tokenizer.token_to_id("<|unknown|>")
 
     def load(self, *, device: str, dtype: str) -> Reasoner:
         """Load the weights; latents are the final hidden states, unless a family says otherwise (imports torch)."""
@@ -360,9 +342,16 @@ class CheckpointAdapter:
         """The text of answer ids, special tokens kept."""
         return self.tokenizer.decode(answer_ids, skip_special_tokens=False)
 
+    def read_answer(self, answer_text: str, rule: AnswerRule) -> str | None:
+        """The canonical form of the answer in a generated text; None if it cannot be read.
+
+        Numbers are read as by the family's own evaluation; other answers are read from the text unchanged.
+        """
+        return rule.parse((self.decimal_answer if rule.name == "decimal" else self.answer_span)(answer_text))
+
     def answer_span(self, answer_text: str) -> str | None:
-        """The part of an answer's text that holds the answer, unchanged: all of it, unless a family says otherwise."""
-        return answer_text.strip()
+        """The part of an answer's text that holds the answer, unchanged: what follows the last `#`, or all of it."""
+        return answer_text.rpartition("#")[2].strip()
 
     def decimal_answer(self, answer_text: str) -> str | None:
         """The number in an answer's text: the answer, unless a family's own evaluation reads numbers in another way."""

@@ -15,22 +15,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, TypeGuard
 
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 
 from latent_tts.checkpoint import gguf
 from latent_tts.errors import UsageError, bad_value, hub_clients, is_whole, reason, require
 from latent_tts.types import file_sha256
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
 MODEL_KEY = "model.checkpoint"  # the config key that errors name, unless a caller says another
 SHIPPED_PREFIX = "shipped:"
 WANTED_FILES = ["*.json", "*.safetensors", "*.jinja"]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLE_INDEX = "pytorch_model.bin.index.json"
 PICKLE_SHARD = re.compile(r".+-(\d{5})-of-(\d{5})\.bin")
 ADAPTER = "adapter_config.json"  # of PEFT
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -59,7 +56,6 @@ OTHER_NAMES = {
 }
 # models whose config need not say how wide the inner layer is: four times the model, as transformers takes it
 INNER_IS_FOUR_TIMES_WIDTH = ("gpt_neo", "bloom", "falcon", "gpt_neox_japanese", "mpt")
-UNBOUNDED = {"bloom": 1 << 20}  # tokens of a sequence, where attention scores fall with distance and no limit is named
 # how many experts a mixture has, and how many of them a token goes through
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 CHOSEN_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k")
@@ -76,9 +72,6 @@ BIDIRECTIONAL = (
     *("electra", "ernie", "data2vec-text", "megatron-bert", "rembert", "roformer", "big_bird", "roc_bert", "xmod"),
     "mobilebert",
 )
-# sizes of what each layer looks up for a token's id; a latent has none
-PER_LAYER_INPUTS = ("hidden_size_per_layer_input", "vocab_size_per_layer_input")
-WITHOUT_CACHE = ("openai-gpt", "xlnet", "xlm", "flaubert")  # in transformers
 PLAIN_DTYPES = ("F64", "F32", "BF16", "F16")
 OPTIONAL_SIZES = {"n_head", "n_inner", "num_key_value_heads", "head_dim"}  # missing or null: transformers' own
 LATENT_TOKENS = ("<|latent|>", "<|start-latent|>", "<|end-latent|>")
@@ -99,12 +92,17 @@ LIMITS = (
 )
 NARROW_EMBEDDINGS = ("word_embed_proj_dim", "embedding_size")  # of models whose embedding is narrower than their blocks
 LAYER = re.compile(r"(?:^|\.)(?:h|layers?|blocks?)\.(\d+)\.")
-EXPERT = re.compile(r"(?:^|\.)experts\.")
 # implementations in transformers itself; for any other name it would fetch code from the hub
 IMPLEMENTATIONS = (
     *("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"),
     *("grouped_mm", "batched_mm"),
 )
+# settings that transformers would follow, and why they are refused
+REFUSED = {
+    "quantization_config": ": its weights are quantized, which is not supported; use a checkpoint of plain weights, "
+    "which engine.quantize quantizes",
+    "transformers_weights": f"; the weights must be {WEIGHTS} or the shards of {INDEX}",
+}
 MAX_LABELS = 1 << 20
 TRAINING_LAYOUTS = {"base_causallm": "COCONUT", "codi": "CODI"}  # by the first part of their tensors' names
 
@@ -192,12 +190,8 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     Raises:
         UsageError: it is missing, empty or no JSON object.
     """
-    require(
-        MODEL_KEY,
-        folder,
-        not (folder / name).is_file() or not is_empty_json(folder / name),
-        f"{name} is empty; copy the config.json of the model that was fine-tuned",
-    )
+    empty = (folder / name).is_file() and is_empty_json(folder / name)
+    require(MODEL_KEY, folder, not empty, f"{name} is empty; copy the config.json of the model that was fine-tuned")
     return read_json(folder, name)
 
 
@@ -214,8 +208,8 @@ def common_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     kind, width = config.get("model_type"), common.get("hidden_size")
     if common.get("intermediate_size") is None and kind in INNER_IS_FOUR_TIMES_WIDTH and is_whole(width):
         common["intermediate_size"] = 4 * width
-    if kind in UNBOUNDED:
-        common.setdefault("max_position_embeddings", UNBOUNDED[kind])
+    if kind == "bloom":  # attention scores fall with distance, and no limit is named
+        common.setdefault("max_position_embeddings", 1 << 20)
     return common
 
 
@@ -234,8 +228,10 @@ def sizes(config: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> dict[st
         found = LAYER.search(name)
         if found is None or len(shape) not in (2, 3) or name.endswith("bias"):
             continue
-        of_experts = experts and (EXPERT.search(name) or (len(shape) == 3 and shape[0] == experts))
-        blocks[found[1]] = blocks.get(found[1], 0.0) + math.prod(shape) * (chosen / experts if of_experts else 1.0)
+        in_expert = re.search(r"(?:^|\.)experts\.", name) or (len(shape) == 3 and shape[0] == experts)
+        blocks[found[1]] = blocks.get(found[1], 0.0) + math.prod(shape) * (
+            chosen / experts if experts and in_expert else 1.0
+        )
     return common | ({"block_weights": sum(blocks.values()) / len(blocks)} if blocks else {})
 
 
@@ -247,30 +243,27 @@ def check_decoder(config: Mapping[str, Any], folder: Path, *, key: str = MODEL_K
     """
     config = common_sizes(config)
     kind, why = str(config.get("model_type", "")), "latents are fed to decoders made of attention"
-    require(key, folder, not config.get("is_encoder_decoder"), f"a {kind} model has an encoder; {why}")
-    require(
-        key,
-        folder,
-        kind not in BIDIRECTIONAL or bool(config.get("is_decoder")),
-        f"in a {kind} model tokens attend to those after them; {why}",
-    )
     layers = config.get("layer_types") or []
     other = sorted({str(layer) for layer in layers} - ATTENTION_LAYERS) if isinstance(layers, list) else []
-    require(key, folder, kind not in WITHOUT_CACHE, f"a {kind} model keeps no keys and values of earlier tokens; {why}")
-    require(
-        key,
-        folder,
-        not all(config.get(name) for name in PER_LAYER_INPUTS),
-        f"in a {kind} model every layer looks a token's id up; latents have none",
-    )
-    heads = [config.get(name) for name in ("num_attention_heads", "num_key_value_heads")]
-    if config.get("kv_lora_rank") and None not in heads and heads[0] != heads[1]:
-        wanted = "with kv_lora_rank, keys have as many heads as queries"
-        raise bad_value(key, folder, f"config.json has num_key_value_heads={heads[1]}, must be {heads[0]}: {wanted}")
-    if other or kind.startswith(RECURRENT):
-        state = f" ({', '.join(other)})" if other else ""
-        memory = f"a {kind} model keeps another memory than keys and values{state}"
-        raise bad_value(key, folder, f"{memory}, as a running state, which cannot be rewound or forked; {why}")
+    queries, keys = (config.get(name) for name in ("num_attention_heads", "num_key_value_heads"))
+    wrong = {
+        f"a {kind} model has an encoder; {why}": config.get("is_encoder_decoder"),
+        f"in a {kind} model tokens attend to those after them; {why}": (
+            kind in BIDIRECTIONAL and not config.get("is_decoder")
+        ),
+        f"a {kind} model keeps no keys and values of earlier tokens; {why}": (
+            kind in ("openai-gpt", "xlnet", "xlm", "flaubert")  # in transformers
+        ),
+        f"in a {kind} model every layer looks a token's id up; latents have none": (
+            config.get("hidden_size_per_layer_input") and config.get("vocab_size_per_layer_input")
+        ),
+        f"config.json has num_key_value_heads={keys}, must be {queries}: with kv_lora_rank, keys have as many heads as "
+        "queries": config.get("kv_lora_rank") and None not in (queries, keys) and queries != keys,
+        f"a {kind} model keeps another memory than keys and values ({', '.join(other) or kind}), as a running state, "
+        f"which cannot be rewound or forked; {why}": other or kind.startswith(RECURRENT),
+    }
+    for reason_against, holds in wrong.items():
+        require(key, folder, not holds, reason_against)
 
 
 def check_sizes(config: Mapping[str, Any], folder: Path, *, key: str = MODEL_KEY) -> None:
@@ -282,14 +275,13 @@ def check_sizes(config: Mapping[str, Any], folder: Path, *, key: str = MODEL_KEY
     check_settings(config, folder, key=key)
     check_decoder(config, folder, key=key)
     config = common_sizes(config)
-    names = next((names for width, names in SIZES.items() if width in config), None)
-    if names is None:
-        raise bad_value(key, folder, f"config.json has no {' or '.join(SIZES)}")
+    names = next((names for width, names in SIZES.items() if width in config), ())
+    require(key, folder, bool(names), f"config.json has no {' or '.join(SIZES)}")
     for name in names:
         value, least = config.get(name), 0 if name.endswith(("layer", "layers")) else 1
-        if not (is_whole(value) and value >= least) and not (value is None and name in OPTIONAL_SIZES):
-            found = f"{name}={json.dumps(value)}" if name in config else f"no {name}"
-            raise bad_value(key, folder, f"config.json has {found}; must be an integer, {least} or more")
+        ok = (is_whole(value) and value >= least) or (value is None and name in OPTIONAL_SIZES)
+        found = f"{name}={json.dumps(value)}" if name in config else f"no {name}"
+        require(key, folder, ok, f"config.json has {found}; must be an integer, {least} or more")
 
 
 def check_settings(config: Any, folder: Path, *, key: str = MODEL_KEY) -> None:
@@ -307,28 +299,14 @@ def check_settings(config: Any, folder: Path, *, key: str = MODEL_KEY) -> None:
     if not isinstance(config, Mapping):
         return
     for name, value in config.items():
-        if name == "quantization_config" and value is not None:
-            why = "its weights are quantized, which is not supported; use a checkpoint of plain weights, which "
-            raise bad_value(key, folder, f"config.json has {name}: {why}engine.quantize quantizes")
+        require(key, folder, name not in REFUSED or value is None, f"config.json has {name}{REFUSED.get(name)}")
         if name.endswith(("attn_implementation", "attn_implementation_internal")) or "experts_implementation" in name:
-            named = value.values() if isinstance(value, Mapping) else [value]
-            strange = [one for one in named if one is not None and one not in IMPLEMENTATIONS]
-            if strange:
-                why = f"none of {', '.join(IMPLEMENTATIONS)}; code from a hub is never run"
-                raise bad_value(key, folder, f"config.json has {name}={json.dumps(strange[0])}: {why}")
-        if name == "transformers_weights" and value is not None:  # transformers would read them instead
-            raise bad_value(
-                key, folder, f"config.json has {name}; the weights must be {WEIGHTS} or the shards of {INDEX}"
-            )
-        if name == "num_labels" and is_whole(value) and value > MAX_LABELS:  # transformers makes a name for each
-            raise bad_value(key, folder, f"config.json has num_labels={value}; must be {MAX_LABELS} at most")
+            for one in value.values() if isinstance(value, Mapping) else [value]:
+                why = f"{name}={json.dumps(one)}: none of {', '.join(IMPLEMENTATIONS)}; code from a hub is never run"
+                require(key, folder, one is None or one in IMPLEMENTATIONS, f"config.json has {why}")
+        many = name == "num_labels" and is_whole(value) and value > MAX_LABELS  # transformers makes a name for each
+        require(key, folder, not many, f"config.json has {name}={value}; must be {MAX_LABELS} at most")
         check_settings(value, folder, key=key)
-
-
-def check_for_adapter(folder: Path, *, key: str = MODEL_KEY) -> None:
-    """Raise UsageError if there is an adapter beside the weights: transformers would load the model that it names."""
-    allowed = f"holds an adapter ({ADAPTER}); {convert_hint(folder, key)}"
-    require(key, folder, not (folder / ADAPTER).is_file(), allowed)
 
 
 def check_shapes(
@@ -342,8 +320,9 @@ def check_shapes(
     config = common_sizes(config)
     name = "n_layer" if "n_embd" in config else "num_hidden_layers"
     layers = len({found[1] for tensor in shapes if (found := LAYER.search(tensor))})
-    if is_whole(config.get(name)) and config[name] > layers:
-        raise bad_value(key, folder, f"config.json has {name}={config[name]}, the weights have {layers} layers")
+    depth = config.get(name)
+    why = f"config.json has {name}={depth}, the weights have {layers} layers"
+    require(key, folder, not is_whole(depth) or depth <= layers, why)
     for name, suffixes, axis in LIMITS:
         value, found = config.get(name), next((t for t in shapes if t.endswith(suffixes)), None)
         if found is None or not is_whole(value) or (axis == 1 and any(other in config for other in NARROW_EMBEDDINGS)):
@@ -360,61 +339,32 @@ def weight_files(folder: Path, *, key: str = MODEL_KEY) -> list[Path]:
     """The safetensors files of a checkpoint, in order. Each is whole, and shards hold the tensors that the index lists.
 
     Raises:
-        UsageError: there are none, one is missing or cut off, or there is only a pickle.
+        UsageError: there are none, one is missing or cut off, there is only a pickle, or an adapter is beside them:
+            transformers would load the model that it names.
     """
+    why = f"holds an adapter ({ADAPTER}); {convert_hint(folder, key)}"
+    require(key, folder, not (folder / ADAPTER).is_file(), why)
+    shards: dict[str, set[str]] = {}
     if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():  # the order of transformers
-        shards: dict[str, set[str]] = {WEIGHTS: set()}
+        shards[WEIGHTS] = set()
     else:
-        shards = _shards(folder, key)
+        weight_map = read_json(folder, INDEX, key=key).get("weight_map", {})
+        require(key, folder, isinstance(weight_map, dict) and bool(weight_map), f"{INDEX} has no weight_map")
+        for tensor, name in sorted(weight_map.items(), key=lambda item: (str(item[1]), item[0])):
+            why = f"{INDEX} names {name!r}, which is no file of the folder"
+            require(key, folder, isinstance(name, str) and Path(name).name == name, why)
+            shards.setdefault(name, set()).add(tensor)
     for name, tensors in shards.items():
         path = folder / name
         if not path.is_file():
-            adapter = [folder] if (folder / ADAPTER).is_file() else []
-            foreign = adapter + [p for pattern in PICKLES for p in sorted(folder.glob(pattern)) if p.is_file()]
-            sharded = foreign and PICKLE_SHARD.fullmatch(foreign[0].name)
-            hint = convert_hint(folder if sharded else foreign[0], key) if foreign else "no pickle either"
+            found = (each for pattern in PICKLES for each in sorted(folder.glob(pattern)) if each.is_file())
+            pickle = next(found, None)
+            whole = pickle is None or PICKLE_SHARD.fullmatch(pickle.name)
+            hint = convert_hint(folder if whole else pickle, key) if pickle else "no pickle either"
             raise bad_value(key, folder, f"the folder lacks {name}; {hint}")
-        lacking = tensors - set(tensor_shapes(path, key=key))
-        if lacking:
-            raise bad_value(key, path, f"lacks the tensor {min(lacking)}, which {INDEX} lists for this file")
+        lacking = min(tensors - set(tensor_shapes(path, key=key)), default=None)
+        require(key, path, lacking is None, f"lacks the tensor {lacking}, which {INDEX} lists for this file")
     return [folder / name for name in shards]
-
-
-def pickle_shards(folder: Path, *, key: str = "src") -> dict[Path, set[str]]:
-    """The shards of a pickled state dict, and the tensors that the index lists for each; empty if there are none.
-
-    Raises:
-        UsageError: a shard is missing.
-    """
-    present = {path.name: path for path in sorted(folder.glob("*.bin")) if PICKLE_SHARD.fullmatch(path.name)}
-    if (folder / PICKLE_INDEX).is_file():
-        listed = _shards(folder, key, PICKLE_INDEX)
-    else:
-        listed = {name: set() for name in present}
-        counts = {int(found[2]) for name in present if (found := PICKLE_SHARD.fullmatch(name))}
-        if counts and counts != {len(present)}:
-            raise bad_value(key, folder, f"has {len(present)} of {max(counts)} shards ({', '.join(present)})")
-    missing = [name for name in listed if not (folder / name).is_file()]
-    if missing:
-        raise bad_value(key, folder, f"lacks {missing[0]}, which {PICKLE_INDEX} names")
-    return {folder / name: tensors for name, tensors in listed.items()}
-
-
-def _shards(folder: Path, key: str, index: str = INDEX) -> dict[str, set[str]]:
-    """The tensors of each shard, by the index."""
-    weight_map = read_json(folder, index, key=key).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise bad_value(key, folder, f"{index} has no weight_map")
-    shards: dict[str, set[str]] = {}
-    for tensor, name in sorted(weight_map.items(), key=lambda item: (str(item[1]), item[0])):
-        require(
-            key,
-            folder,
-            isinstance(name, str) and Path(name).name == name,
-            f"{index} names {name!r}, which is no file of the folder",
-        )
-        shards.setdefault(name, set()).add(tensor)
-    return shards
 
 
 def weight_shapes(folder: Path, *, key: str = MODEL_KEY) -> dict[str, list[int]]:
@@ -467,8 +417,6 @@ def digest(folder: Path) -> str:
 
 def load_tokenizer(folder: Path, *, key: str = MODEL_KEY) -> Tokenizer:
     """The fast tokenizer of a checkpoint, without transformers."""
-    from tokenizers import Tokenizer
-
     path = folder / "tokenizer.json"
     require(key, folder, path.is_file(), "the folder lacks tokenizer.json")
     try:
@@ -508,21 +456,16 @@ def special_ids(kind: str, folder: Path, config: Mapping[str, Any], tokenizer: T
     }
 
 
-def tokens_around(tokenizer: Tokenizer) -> dict[str, bool]:
-    """Whether a tokenizer puts a token before a text (`bos_token`), and after it (`eos_token`)."""
-    mask = tokenizer.encode("1").special_tokens_mask
-    return {"bos_token": bool(mask and mask[0]), "eos_token": bool(mask and mask[-1] and not all(mask))}
-
-
-def asked_around(folder: Path, tokenizer: Tokenizer) -> dict[str, bool | None]:
-    """What `tokenizer_config.json` says of the same; None where it says nothing, or names no such token."""
-    config = _read_optional(folder, "tokenizer_config.json")
-    asked: dict[str, bool | None] = {}
-    for name in ("bos_token", "eos_token"):
-        flag, text = config.get(f"add_{name}"), _token_text(config.get(name))
-        known = text is not None and tokenizer.token_to_id(text) is not None
-        asked[name] = flag if isinstance(flag, bool) and known else None
-    return asked
+def tokens_around(folder: Path, tokenizer: Tokenizer) -> dict[str, bool]:
+    """What `tokenizer_config.json` says of tokens before and after a text, where `tokenizer.json` does otherwise."""
+    config, mask = _read_optional(folder, "tokenizer_config.json"), tokenizer.encode("1").special_tokens_mask
+    added = {"bos_token": bool(mask and mask[0]), "eos_token": bool(mask and mask[-1] and not all(mask))}
+    return {
+        f"add_{name}": not adds
+        for name, adds in added.items()
+        if config.get(f"add_{name}") is (not adds)
+        and tokenizer.token_to_id(_token_text(config.get(name)) or "") is not None
+    }
 
 
 def chat_template(folder: Path) -> tuple[str | None, dict[str, str]]:
@@ -562,12 +505,9 @@ def check_vocabulary(
         (shape[0] for name, shape in shapes.items() if name.endswith(EMBEDDINGS)), common_sizes(config)["vocab_size"]
     )
     beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
-    if beyond:
-        token = min(beyond, key=lambda name: (name not in LATENT_TOKENS, beyond[name]))
-        raise bad_value(
-            MODEL_KEY, folder, f"its tokenizer gives {token} the id {beyond[token]}, the embedding has {rows} rows "
-            "(was resize_token_embeddings forgotten?)",
-        )  # fmt: skip
+    token = min(beyond, key=lambda name: (name not in LATENT_TOKENS, beyond[name]), default="")
+    why = f"its tokenizer gives {token} the id {beyond.get(token)}, the embedding has {rows} rows"
+    require(MODEL_KEY, folder, not beyond, f"{why} (was resize_token_embeddings forgotten?)")
 
 
 def token_id(tokenizer: Tokenizer, token: str, folder: Path) -> int:

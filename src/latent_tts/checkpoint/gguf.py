@@ -1,6 +1,5 @@
 """Models in GGUF files, rewritten once as checkpoint folders, which are kept beside the cache of rollouts.
 
-The folder's name holds the digest of the file: a second start finds the folder, and a changed file is another model.
 Weights are dequantised to float32, since products of two half-precision numbers are not exact in a shorter dtype.
 """
 
@@ -10,34 +9,28 @@ import contextlib
 import io
 import json
 import logging
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from latent_tts.checkpoint.kept import make_once, models_folder
 from latent_tts.errors import UsageError, bad_value, is_whole, require
-from latent_tts.types import file_digest, read_object
+from latent_tts.types import file_digest
 
 log = logging.getLogger(__name__)
 PREFIX = "gguf:"
-VERSION = 4  # of what conversion writes; part of the folder's name
-PARTIAL, SOURCE = "partial-", "source.json"  # a folder that is being written; what a model was made from
-DAMAGED = ".damaged"  # how the name of a kept model ends that is not what was written
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # decoders that transformers reads and the engine runs
 # What transformers reads of such a file, apart from the tokenizer; it drops any other field or weight without a word.
 FIELDS_READ = {
     "context_length", "block_count", "feed_forward_length", "embedding_length", "vocab_size", "rope.freq_base",
     "rope.dimension_count", "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon",
     "attention.key_length", "attention.value_length",
+    "tensor_data_layout", "rope.scaling.finetuned",  # how the file was made
 }  # fmt: skip
 # values with which a field that is dropped changes nothing
 NEUTRAL = {"rope.scaling.type": "none", "attention.causal": True, "expert_count": 0, "expert_used_count": 0}
 SPLITTING = "tokenizer.ggml.pre"  # the only one of the tokenizer that is read here
-TENSOR_FIELDS = {"tensor_data_layout", "rope.scaling.finetuned"}  # how the file was made
 HEAD_WIDTHS = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 WEIGHTS_READ = (
     r"(token_embd|output_norm|output|blk\.\d+\.(attn_(q|k|v|output|(q_|k_)?norm)|ffn_(norm|gate|up|down)))\.weight"
@@ -51,11 +44,6 @@ SINGLE_DIGITS = {"smollm", "starcoder", "refact", "command-r"}
 SPLITTINGS_OF_TRANSFORMERS = {"default", "gpt-2", "qwen2", "llama-bpe"}
 
 
-def models_folder() -> Path:
-    """Where fetched and converted models are kept: `models` in the cache folder."""
-    return Path(os.environ.get("LTTS_CACHE") or ".cache/latent_tts").expanduser() / "models"
-
-
 def find_file(checkpoint: str, key: str) -> Path:
     """The file that `gguf:FILE` names; a name without a folder is also looked for among fetched models.
 
@@ -65,9 +53,8 @@ def find_file(checkpoint: str, key: str) -> Path:
     name = Path(checkpoint.removeprefix(PREFIX)).expanduser()
     fetched = models_folder() / name.name
     file = fetched if not name.is_file() and name.name == str(name) else name
-    if not file.is_file():
-        hint = f"; `{FETCHED[file.name]}` fetches it" if file.name in FETCHED else ""
-        raise bad_value(key, checkpoint, f"no such file{hint}")
+    hint = f"; `{FETCHED[file.name]}` fetches it" if file.name in FETCHED else ""
+    require(key, checkpoint, file.is_file(), f"no such file{hint}")
     return file
 
 
@@ -81,46 +68,7 @@ def convert_once(file: Path, key: str) -> Path:
     Raises:
         UsageError: the file is damaged, or of an architecture that is not supported.
     """
-    folder = models_folder() / f"gguf{VERSION}-{file_digest(file)}"
-    return make_once(folder, str(file), lambda new: convert(file, new, key))
-
-
-def make_once(folder: Path, source: str, make: Callable[[Path], None]) -> Path:
-    """The folder of a kept model, which is made unless it is there, and made anew if a file of it is damaged.
-
-    Args:
-        folder: of the model.
-        source: what it is made of, for `ltts cache`.
-        make: writes it to a folder; if it fails, nothing is left.
-    """
-    written = read_object(folder / SOURCE).get("files") or {}
-    damaged = [
-        name
-        for name, digest in written.items()
-        if not (folder / name).is_file() or file_digest(folder / name) != digest
-    ]
-    if damaged:
-        aside = folder.with_name(f"{folder.name}{DAMAGED}")
-        shutil.rmtree(aside, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another process was first
-            folder.rename(aside)
-        log.warning("%s is damaged: its folder is now %s, and it is made anew", folder / damaged[0], aside.name)
-    if not folder.is_dir():
-        log.info("%s: converting it, once, to %s", source, folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=PARTIAL))
-        try:
-            make(partial)
-            digests = {path.name: file_digest(path) for path in sorted(partial.iterdir()) if path.is_file()}
-            (partial / SOURCE).write_text(json.dumps({"from": source, "files": digests}) + "\n")
-            partial.chmod(0o755)
-            with contextlib.suppress(OSError):  # another process was first
-                partial.rename(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    with contextlib.suppress(OSError):  # a cache that others own
-        os.utime(folder)  # when it was last used
-    return folder
+    return make_once("gguf", file_digest(file), str(file), lambda new: convert(file, new, key))
 
 
 def check(file: Path, key: str) -> str | None:
@@ -148,18 +96,13 @@ def check(file: Path, key: str) -> str | None:
     require(key, f"{PREFIX}{file}", architecture in ARCHITECTURES, why)
     start = f"{architecture}."
     own = {name.removeprefix(start): value for name, value in fields.items() if name.startswith(start)}
-    dropped = [
-        f"{start}{name}={own[name]}"
-        for name in own.keys() - FIELDS_READ - TENSOR_FIELDS
-        if own[name] != NEUTRAL.get(name)
-    ]
+    dropped = [f"{start}{name}={own[name]}" for name in own.keys() - FIELDS_READ if own[name] != NEUTRAL.get(name)]
     if len({own[name] for name in HEAD_WIDTHS if name in own}) > 1:
         dropped.append(" ".join(f"{start}{name}={own[name]}" for name in HEAD_WIDTHS if name in own))
     read = re.compile(rf"{WEIGHTS_READ}|{BIASES_READ}" if architecture == "qwen2" else WEIGHTS_READ)
     dropped += [f"the weight {name}" for name in weights if not read.fullmatch(name)]
-    if dropped:
-        reason = f"transformers does not read {min(dropped)}, so this would be another model"
-        raise bad_value(key, f"{PREFIX}{file}", f"{reason}; name the folder of the original")
+    why = f"transformers does not read {min(dropped, default='')}, so this would be another model"
+    require(key, f"{PREFIX}{file}", not dropped, f"{why}; name the folder of the original")
     return fields.get(SPLITTING)
 
 
@@ -194,7 +137,8 @@ def convert(file: Path, folder: Path, key: str) -> None:
     missing = min(info["missing_keys"], default=None)
     require(key, f"{PREFIX}{file}", missing is None, f"lacks the weight {missing}")
     del lm.config.quantization_config  # the weights are plain now, and with a record `save_pretrained` refuses
-    lm.hf_quantizer, lm.is_quantized = None, False
+    lm.hf_quantizer = None
+    lm.is_quantized = False
     lm.save_pretrained(folder)
     for name in ("bos", "eos", "pad"):  # transformers 5.17 gives the tokenizer others than the file has
         token = getattr(lm.config, f"{name}_token_id")

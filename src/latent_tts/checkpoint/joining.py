@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latent_tts.checkpoint import files, gguf
+from latent_tts.checkpoint.kept import make_once
 from latent_tts.errors import RunError, UsageError, bad_value, is_number, is_whole, require
 from latent_tts.types import file_digest, file_sha256
 
@@ -28,12 +29,13 @@ RECORD, WEIGHTS, OWN, PROBE = "latent_tts.json", "adapter_model.safetensors", "o
 PREFIX = "base_model.model."  # of PEFT's names
 ROWS, FACTORS = ".token_adapter.trainable_tokens_delta", (".lora_A.weight", ".lora_B.weight")
 # options of PEFT that a product alpha / rank * B A does not cover
-PLAIN: dict[str, Any] = {"peft_type": "LORA", "bias": "none", "use_rslora": False, "use_dora": False}
-PLAIN |= {"alpha_pattern": {}, "rank_pattern": {}, "target_parameters": None}
+PLAIN: dict[str, Any] = {
+    **{"peft_type": "LORA", "bias": "none", "use_rslora": False, "use_dora": False},
+    **{"alpha_pattern": {}, "rank_pattern": {}, "target_parameters": None},
+}
 TRANSPOSED = "gpt2"  # the kind of model with layers that keep their weights transposed (Conv1D): these
 TRANSPOSED_LAYERS = ("c_attn", "c_proj", "c_fc")
 TOLERANCE = 1e-3
-VERSION = 3  # of what joining writes; part of the folder's name
 
 
 def is_own_adapter(folder: Path) -> bool:
@@ -73,8 +75,8 @@ def join_once(folder: Path, key: str) -> Path:
         require(key, folder, path.is_file() or name == OWN, f"the folder lacks {name}")
         if path.is_file():
             sha.update(name.encode() + file_sha256(path))
-    target = gguf.models_folder() / f"joined{VERSION}-{sha.hexdigest()[:16]}"
-    return gguf.make_once(target, str(folder), lambda new: join(folder, base_folder(base, key), new, record, key))
+    digest = sha.hexdigest()[:16]
+    return make_once("joined", digest, str(folder), lambda new: join(folder, base_folder(base, key), new, record, key))
 
 
 def join(folder: Path, base: Path, target: Path, record: Mapping[str, Any], key: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,14 @@ def load_tensors(folder: Path, prefix: str, *, keep_prefix: bool = False) -> dic
     return tensors
 
 
-def read_pickles(shards: Mapping[Path, set[str]]) -> dict[str, Tensor]:
-    """A state dict from the shards of a pickle, given with the tensors that each must contain; no code is unpickled.
+def read_pickles(shards: Sequence[Path]) -> dict[str, Tensor]:
+    """A state dict from the shards of a pickle; no code is unpickled.
 
     Raises:
-        UsageError: a file is not a pickle of tensors, or lacks a tensor.
+        UsageError: a file is not a pickle of tensors.
     """
     state: dict[str, Tensor] = {}
-    for path, wanted in shards.items():
+    for path in shards:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
@@ -49,20 +49,8 @@ def read_pickles(shards: Mapping[Path, set[str]]) -> dict[str, Tensor]:
         shard = content.get("state_dict", content) if isinstance(content, dict) else {}
         only_tensors = bool(shard) and all(isinstance(value, Tensor) for value in shard.values())
         require("src", path, only_tensors, "does not hold a dict of tensors")
-        lacking = wanted - set(shard)
-        if lacking:
-            raise bad_value("src", path, f"lacks the tensor {min(lacking)}, which {files.PICKLE_INDEX} lists for it")
         state |= shard
     return state
-
-
-def load_backbone(folder: Path, *, device: str, dtype: str, key: str) -> PreTrainedModel:
-    """As `load_causal_lm`, without a language-model head, for checkpoints that have another head.
-
-    Raises:
-        UsageError: a weight is missing or has another shape than the config says.
-    """
-    return load_causal_lm(folder, device=device, dtype=dtype, key=key, auto_class=transformers.AutoModel)
 
 
 def fill_module(module: nn.Module, tensors: Mapping[str, Tensor], lm: PreTrainedModel) -> Any:
@@ -93,6 +81,8 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """The causal LM of a checkpoint in evaluation mode, its weights cast to `dtype` (`float32`, `bfloat16`, ...).
 
+    With `auto_class=transformers.AutoModel` it is the backbone, without a language-model head.
+
     Raises:
         UsageError: a weight is missing or has another shape than the config says.
     """
@@ -102,7 +92,6 @@ def load_causal_lm(
     settings = files.read_json(folder, "config.json", key=key)
     files.check_settings(settings, folder, key=key)
     files.check_shapes(settings, files.weight_shapes(folder, key=key), folder, key=key)
-    files.check_for_adapter(folder, key=key)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         config._attn_implementation = config._experts_implementation = None
@@ -123,13 +112,11 @@ def load_causal_lm(
         if "auto_map" in settings and "trust_remote_code" in str(error):
             reason = f"its model_type={settings.get('model_type')} needs code of its own (auto_map), which is never run"
         raise bad_value(key, folder, reason) from error
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise bad_value(key, folder, f"weights are missing: {missing} ...")
-    unused = sorted(name for name in info["unexpected_keys"] if IN_BLOCK.search(name))
-    if unused:
-        reason = f"config.json describes fewer layers or biases than the weights have: {unused[0]} ..."
-        raise bad_value(key, folder, reason)
+    missing = ", ".join(sorted(info["missing_keys"])[:3])
+    require(key, folder, not missing, f"weights are missing: {missing} ...")
+    unused = min((name for name in info["unexpected_keys"] if IN_BLOCK.search(name)), default=None)
+    why = f"config.json describes fewer layers or biases than the weights have: {unused} ..."
+    require(key, folder, unused is None, why)
     name_body(model)
     return model.to(device).eval().requires_grad_(False)
 

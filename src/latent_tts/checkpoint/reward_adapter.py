@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latent_tts.checkpoint import files, joining
-from latent_tts.errors import bad_value, require
+from latent_tts.errors import require
 from latent_tts.types import read_object
 
 if TYPE_CHECKING:
@@ -26,10 +26,9 @@ HEAD = ("classifier.weight", "classifier.bias")
 
 def is_reward_adapter(folder: Path) -> bool:
     """Whether a folder holds a LatentRM that is an adapter."""
-    if not (folder / files.ADAPTER).is_file() or joining.is_own_adapter(folder):
-        return False
     record = read_object(folder / "config.json").get("latent_rm")
-    return isinstance(record, dict) and "base" in record
+    is_adapter = (folder / files.ADAPTER).is_file() and not joining.is_own_adapter(folder)
+    return is_adapter and isinstance(record, dict) and "base" in record
 
 
 def base_folder(folder: Path, key: str) -> Path:
@@ -54,16 +53,6 @@ def file_paths(folder: Path, key: str) -> list[Path]:
     return paths
 
 
-def tensor_shapes(folder: Path, key: str) -> dict[str, list[int]]:
-    """Names and shapes of the matrices and the head, from the files' headers.
-
-    Raises:
-        UsageError: a file is missing or truncated.
-    """
-    _, weights, own = file_paths(folder, key)
-    return files.tensor_shapes(weights, key=key) | files.tensor_shapes(own, key=key)
-
-
 def attach(backbone: nn.Module, prefix: str, folder: Path, key: str) -> None:
     """Add the products of an adapter to the linear layers of a backbone, in place; weights are not touched.
 
@@ -80,29 +69,19 @@ def attach(backbone: nn.Module, prefix: str, folder: Path, key: str) -> None:
 
     from latent_tts.checkpoint.modules import LowRank
 
-    settings = read_settings(folder, key)
+    settings = joining.read_settings(folder, key)
     factors, layers = load_file(folder / joining.WEIGHTS), dict(backbone.named_modules())
     weight, left = next(backbone.parameters()), set(factors)
+    scale = float(settings["lora_alpha"]) / int(settings["r"])
     for name in sorted(name for name in factors if name.endswith(joining.FACTORS[0])):
         path = name.removeprefix(joining.PREFIX).removesuffix(joining.FACTORS[0]).removeprefix(f"{prefix}.")
         other = name.replace(*joining.FACTORS)
         require(key, folder, path in layers and other in factors, f"its tensor {name} fits no layer of the reasoner")
         down_RD, up_DR = (factors[each].to(weight.device, weight.dtype) for each in (name, other))
         parent, _, own_name = path.rpartition(".")
-        setattr(layers[parent], own_name, LowRank(layers[path], down_RD, up_DR, settings["scale"]))
+        setattr(layers[parent], own_name, LowRank(layers[path], down_RD, up_DR, scale))
         left -= {name, other}
-    if left:
-        raise bad_value(key, folder, f"its tensor {min(left)} fits no layer of the reasoner")
-
-
-def read_settings(folder: Path, key: str) -> dict[str, Any]:
-    """PEFT's settings, with `scale`, by which the product of the matrices counts.
-
-    Raises:
-        UsageError: they ask for more than a product.
-    """
-    settings = joining.read_settings(folder, key)
-    return settings | {"scale": float(settings["lora_alpha"]) / int(settings["r"])}
+    require(key, folder, not left, f"its tensor {min(left, default='')} fits no layer of the reasoner")
 
 
 def sharing_copy(module: nn.Module) -> Any:
@@ -154,19 +133,18 @@ def join(folder: Path, target: Path, key: str) -> None:
 
     from latent_tts.checkpoint import loading
 
-    base, settings = base_folder(folder, key), read_settings(folder, key)
+    base, settings = base_folder(folder, key), joining.read_settings(folder, key)
     _, weights, own = file_paths(folder, key)
     tensors = {name: value.float() for name, value in loading.load_tensors(base, "").items()}
-    transposed = files.read_config(base).get("model_type") == joining.TRANSPOSED
-    tensors = joining.add_adapter(tensors, load_file(weights), settings | {"transposed": transposed}, folder, key)
+    settings["transposed"] = files.read_config(base).get("model_type") == joining.TRANSPOSED
+    tensors = joining.add_adapter(tensors, load_file(weights), settings, folder, key)
     adapted = {name.removeprefix(joining.PREFIX).partition(".")[0] for name in load_file(weights)}
     kept = {name: value.contiguous() for name, value in tensors.items() if name.partition(".")[0] in adapted}
     kept |= {name: value.float() for name, value in load_file(own).items()}
     target.mkdir(parents=True, exist_ok=True)
     save_file(kept, target / files.WEIGHTS, metadata={"format": "pt"})
     config = files.read_json(folder, "config.json", key=key)
-    config["latent_rm"] = {
-        name: value for name, value in config["latent_rm"].items() if name not in ("base", "base_path")
-    }
-    (target / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
+    record = {name: value for name, value in config["latent_rm"].items() if name not in ("base", "base_path")}
+    config |= {"latent_rm": record, "dtype": "float32"}
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     shutil.copyfile(folder / "tokenizer.json", target / "tokenizer.json")

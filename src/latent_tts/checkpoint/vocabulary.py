@@ -11,7 +11,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 
 from latent_tts.checkpoint import files
-from latent_tts.errors import bad_value, require
+from latent_tts.errors import require
 
 MEAN = "mean"  # the initial value of new rows, unless it is the row of a token
 HEADS = ("lm_head.weight", "embed_out.weight", "lm_head.bias")
@@ -100,12 +100,9 @@ def fit_rows(
     )
     rows = int(tensors[names[0]].shape[0])
     ids = old.get_vocab(with_added_tokens=True)
-    if max(ids.values()) >= rows:
-        token = max(ids, key=ids.__getitem__)
-        raise bad_value(
-            key, folder, f"has no room for new tokens: its tokenizer gives {token!r} the id {ids[token]}, and the "
-            f"embedding has {rows} rows",
-        )  # fmt: skip
+    last = max(ids, key=ids.__getitem__)
+    why = f"its tokenizer gives {last!r} the id {ids[last]}, and the embedding has {rows} rows"
+    require(key, folder, ids[last] < rows, f"has no room for new tokens: {why}")
     size = max(new.get_vocab(with_added_tokens=True).values()) + 1
     wanted = [ids.get(str(new.id_to_token(row))) for row in range(size)]
     if all(

@@ -60,7 +60,7 @@ Kept = TypeVar("Kept", bound=CacheEntry | KeptModel)
 def to_prune(
     kept: Sequence[Kept], *, older_than: float | None, max_size: float | None, stale: bool, now: float
 ) -> list[Kept]:
-    """The entries and models that any of the conditions chooses; never a model that is being written.
+    """The entries and models that any of the conditions chooses.
 
     Args:
         kept: what there is, the one used last first.
@@ -71,11 +71,10 @@ def to_prune(
     """
     gone, left, full = [], 0, False
     for each in kept:
-        is_model = isinstance(each, KeptModel)
-        unread = each.stale if is_model else not is_current(each.key)
+        unread = each.stale if isinstance(each, KeptModel) else not is_current(each.key)
         chosen = (older_than is not None and now - each.used > older_than) or (stale and unread)
         full = full or (not chosen and max_size is not None and left + each.size > max_size)
-        if not (is_model and each.being_written) and (chosen or full):
+        if chosen or full:
             gone.append(each)
         else:
             left += each.size

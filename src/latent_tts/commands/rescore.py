@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from latent_tts.config.build import in_sweep, output_dir
 from latent_tts.config.recorded import finish_sweep as finish_sweep  # hydra_plugins/tolerant_sweeper.py calls it
@@ -29,7 +29,7 @@ def main(cfg: DictConfig) -> None:
     """Score the rollouts of `cfg.run` and write a run folder of their own for them.
 
     Raises:
-        UsageError: no complete run there, its latents were not kept, or there is no scorer.
+        UsageError: no complete run there, the cache lacks its rollouts, or there is no scorer.
         RunError: a failure while scoring; what was scored stays in the cache.
     """
     started = time.perf_counter()
@@ -49,7 +49,7 @@ def main(cfg: DictConfig) -> None:
     kept = {key: value for key, value in record["settings"].items() if not key.startswith(SCORING_KEYS)}
     settings = kept | {key: value for key, value in own.items() if key.startswith(SCORING_KEYS)}
     with locked_folder(folder, "hydra.run.dir"), replacing_run(folder):
-        rollouts = rescoring.rescore_rollouts(spec, source, record)
+        rollouts = rescoring.rescore_rollouts(spec, source)
         tables = make_tables(spec, rollouts, settings)
         assert rollouts.scores is not None
         write_scores(folder, tables.rollouts, rollouts.scores.step_scores())
@@ -64,11 +64,6 @@ def main(cfg: DictConfig) -> None:
 
 def merged_config(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
     """The run's config with this command's scorer, aggregators, device, rows and cache in it."""
-    merged = recorded_run(record, ("model", "task", "sampler", "schedule", "search", "budget"), cfg)
-    for key in ("scorer", "aggregator"):
-        # unresolved, so that `${model...}` finds the run's model
-        merged[key] = OmegaConf.create(OmegaConf.to_container(cfg[key], resolve=False))
-    merged.engine.device, merged.engine.rows = cfg.engine.device, cfg.engine.rows
-    # a run without a cache kept its latents, and scores need a folder
-    merged.cache, merged.paths.cache = "on", cfg.paths.cache or merged.paths.cache
+    merged = recorded_run(record, cfg, own=["scorer", "aggregator"])
+    merged.paths.cache = cfg.paths.cache or merged.paths.cache
     return merged

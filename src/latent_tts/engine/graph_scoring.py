@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias, cast
+from typing import TypeAlias
 from weakref import proxy
 
 import torch
@@ -44,8 +44,6 @@ class FixedScores(Bucket[ScorePasses, Tensor]):
         length: int,
         latents_RTD: Tensor,
         recorder: CudaRecorder,
-        *,
-        shifted: bool,
     ) -> None:
         """Make the tensors.
 
@@ -55,36 +53,29 @@ class FixedScores(Bucket[ScorePasses, Tensor]):
             length: most tokens of a prompt.
             latents_RTD: of a batch, as an example.
             recorder: for these tensors alone.
-            shifted: whether positions are.
         """
         super().__init__(recorder, scorer.backbone.dtype)
         self._scorer, device = scorer, scorer.device
         rows, steps, width = latents_RTD.shape
         self._ids_QL = torch.zeros(questions, length, dtype=torch.long, device=device)
         self._lengths_Q = self._ids_QL[:, 0].clone()
-        self._offset_Q = self._lengths_Q.clone() if shifted else None
         self._latents_RTD = torch.zeros(rows, steps, width, dtype=scorer.backbone.dtype, device=device)
         precise = torch.promote_types(scorer.backbone.dtype, torch.float32)
         self._scores_RT = torch.zeros(rows, steps, dtype=precise, device=device)
-        self._state = FixedState(
-            scorer.backbone, rows // questions, steps, questions=questions, length=length,
-            position_offset_Q=self._offset_Q,
-        )  # fmt: skip
+        self._state = FixedState(scorer.backbone, rows // questions, steps, questions=questions, length=length)
         self._records_prompts = questions * length <= PROMPT_TOKENS
 
     def tensors(self) -> list[Tensor]:
         """See `Bucket`."""
         own = [self._ids_QL, self._lengths_Q, self._latents_RTD, self._scores_RT]
-        return [*own, *([] if self._offset_Q is None else [self._offset_Q]), *self._state.tensors()]
+        return [*own, *self._state.of_questions(), *self._state.of_rows()]
 
-    def load(self, prompts: list[list[int]], latents_RTD: Tensor, position_offset_Q: Tensor | None) -> None:
+    def load(self, prompts: list[list[int]], latents_RTD: Tensor) -> None:
         """Begin another batch of the same sizes."""
         ids_QL, lengths_Q = pad_prompts(prompts, torch.device("cpu"))
         self._ids_QL[:, : ids_QL.shape[1]] = ids_QL
         self._lengths_Q.copy_(lengths_Q)
         self._latents_RTD.copy_(latents_RTD)
-        if self._offset_Q is not None:
-            self._offset_Q.copy_(cast(Tensor, position_offset_Q))
         if not self._records_prompts:
             self._run_prompts(ids_QL.shape[1])
 
@@ -141,17 +132,15 @@ class GraphScorer(LatentScorer):
         def usual() -> Tensor:
             return LatentScorer._score(self, prompts, latents_RTD, position_offset_Q)
 
-        if not self._usable:
+        if not self._usable or position_offset_Q is not None:
             return usual()
-        length, shifted = power_of_two(max(map(len, prompts)), MIN_LENGTH), position_offset_Q is not None
+        length = power_of_two(max(map(len, prompts)), MIN_LENGTH)
 
         def fixed(known: FixedScores | None) -> tuple[FixedScores, Tensor]:
             bucket = known or FixedScores(
-                proxy(self), len(prompts), length, latents_RTD, self._recordings.new_recorder(), shifted=shifted
+                proxy(self), len(prompts), length, latents_RTD, self._recordings.new_recorder()
             )
-            return bucket, bucket.record_or_replay(
-                partial(bucket.load, prompts, latents_RTD, position_offset_Q), bucket.walk
-            )
+            return bucket, bucket.record_or_replay(partial(bucket.load, prompts, latents_RTD), bucket.walk)
 
-        key = "scores", len(prompts), *latents_RTD.shape[:2], length, shifted
+        key = "scores", len(prompts), *latents_RTD.shape[:2], length
         return self._recordings.compute(key, usual, fixed)

@@ -1,7 +1,7 @@
 """Rollouts by CUDA graphs: the passes of a batch are recorded once and replayed for later batches of the same sizes.
 
 A recording runs the same code as `RolloutState`, on tensors that stay where they are. What differs between batches
-(random keys, prompts, donors) or between replays (the slot, the position in the answer) is read from the device. What
+(random keys, prompts) or between replays (the slot, the position in the answer) is read from the device. What
 is the same in all batches of a bucket is recorded as a number.
 """
 
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from latent_tts.engine.attention import has_kernel
 from latent_tts.engine.head import Choice
 from latent_tts.engine.prompts import pad_prompts
 from latent_tts.engine.recording import (
@@ -64,13 +63,11 @@ class NextToken:
     """The pass that chooses a later answer token.
 
     Attributes:
-        window: slots that it looks at.
         over: whether only an eos may still come.
         position: of the token in the answer; None where the device knows it, since no random number depends on it.
         grid: of the rows that run.
     """
 
-    window: int
     over: bool
     position: int | None
     grid: Grid
@@ -98,10 +95,8 @@ def smaller_grid(left_P: Sequence[int], grid: Grid) -> Grid | None:
     """
     prefixes, rollouts = (power_of_two(number) for number in (sum(left > 0 for left in left_P), max(left_P)))
     prefixes, rollouts = min(prefixes, grid[0]), min(rollouts, grid[1])
-    while prefixes * rollouts < MIN_ROWS and rollouts < grid[1]:
-        rollouts = min(2 * rollouts, grid[1])
-    while prefixes * rollouts < MIN_ROWS and prefixes < grid[0]:
-        prefixes = min(2 * prefixes, grid[0])
+    rollouts = min(power_of_two(-(-MIN_ROWS // prefixes), rollouts), grid[1])
+    prefixes = min(power_of_two(-(-MIN_ROWS // rollouts), prefixes), grid[0])
     return (prefixes, rollouts) if 2 * prefixes * rollouts <= grid[0] * grid[1] else None
 
 
@@ -137,11 +132,11 @@ class AnswerRows:
         prefix_P = alive_PN.sum(1).argsort(descending=True, stable=True)[:prefixes]
         inside_PN = alive_PN[prefix_P].int().argsort(dim=1, descending=True, stable=True)[:, :rollouts]
         rows_R = (prefix_P[:, None] * all_rollouts + inside_PN).flatten()
-        self.state.take(other.state, prefix_P, rows_R)
-        self.draw.keys_R2.copy_(other.draw.keys_R2[rows_R])
-        self.draw.rollouts_R.copy_(other.draw.rollouts_R[rows_R])
-        self.here_R.copy_(other.here_R[rows_R])
-        self.keep(other.token_R[rows_R], other.alive_R[rows_R])
+        for kept, part in zip(self.state.of_questions(), other.state.of_questions(), strict=True):
+            kept.copy_(part.index_select(0, prefix_P))
+        for kept, part in zip(self.of_rows(), other.of_rows(), strict=True):
+            kept.copy_(part.index_select(0, rows_R))
+        self.left_P.copy_(self.alive_R.view(self.grid).sum(1))
 
     def keep(self, token_R: Tensor, alive_R: Tensor) -> None:
         """Set what was chosen last, and which rows go on."""
@@ -151,36 +146,17 @@ class AnswerRows:
 
     def tensors(self) -> list[Tensor]:
         """All of them."""
-        own = [self.here_R, self.token_R, self.alive_R, self.left_P]
-        return [*self.state.tensors(), self.draw.keys_R2, self.draw.rollouts_R, *own]
+        return [*self.state.of_questions(), *self.of_rows(), self.left_P]
+
+    def of_rows(self) -> list[Tensor]:
+        """Those with an entry per row."""
+        own = [self.draw.keys_R2, self.draw.rollouts_R, self.here_R, self.token_R, self.alive_R]
+        return [*self.state.of_rows(), *own]
 
 
 def copied_draw(draw: Draw) -> Draw:
     """The same random numbers, from keys in memory of their own."""
     return Draw(draw.keys_R2.clone(), draw.rollouts_R.clone(), draw.width, draw.blocks)
-
-
-def agreement(found: Rollouts, wanted: Rollouts, roundings: float) -> float:
-    """Share of rollouts that agree: latents and log-probabilities within rounding, steps and answers exactly.
-
-    Where the two most probable tokens of an answer are as near each other as rounding, either answer will do.
-
-    Args:
-        found: some rollouts.
-        wanted: the same, computed otherwise.
-        roundings: how many roundings of the dtype (of float32, if it is wider) their mean difference may be.
-    """
-    limit = roundings * max(torch.finfo(dtype).eps for dtype in (wanted.latents_RTD.dtype, torch.float32))
-    pairs = zip(found.answer_ids, wanted.answer_ids, strict=True)
-    same_R = torch.tensor([ours == theirs for ours, theirs in pairs]) & torch.isclose(
-        found.answer_logprob_R, wanted.answer_logprob_R, rtol=10 * limit, atol=10 * limit, equal_nan=True
-    )
-    near_R = torch.minimum(found.answer_margin_R, wanted.answer_margin_R) <= limit
-    agree_R = (found.steps_R == wanted.steps_R) & (same_R | near_R)
-    if wanted.latents_RTD.shape[1]:
-        ours_RX, theirs_RX = (each.latents_RTD.flatten(1).double() for each in (found, wanted))
-        agree_R &= ((ours_RX - theirs_RX).abs().mean(1) <= limit * theirs_RX.abs().mean(1)).cpu()
-    return float(agree_R.double().mean())
 
 
 class FixedRollouts(RolloutState, Bucket[Passes, Rollouts]):
@@ -204,14 +180,11 @@ class FixedRollouts(RolloutState, Bucket[Passes, Rollouts]):
         backbone, grid = cast(PreTrainedModel, engine.lm.base_model), (prefixes, rows // prefixes)
         state = FixedState(backbone, grid[1], plan.capacity(hooks.sampler), questions=prefixes, length=length)
         own = copied_draw(draw)
-        if draw.donor_RTD is not None:
-            own.donor_RTD = draw.donor_RTD.clone()
         RolloutState.__init__(self, engine, hooks, state, own)
         Bucket.__init__(self, recorder, engine.lm.dtype)
         self._all = AnswerRows(grid, state, own)
         self._rows = {grid: self._all}
         self._answers = Answers(plan, rows, device)
-        self._ending = self._ending_ids()
         self._begin_RD = torch.zeros_like(self._embed(self._answers.lengths_R))
         self._thinking_R, self._steps_R = self.thinking_R, self.steps_R
         self._going = torch.ones(1, dtype=torch.long, device=device)
@@ -221,14 +194,14 @@ class FixedRollouts(RolloutState, Bucket[Passes, Rollouts]):
         self._lengths_Q, self._last_Q = torch.zeros(2, questions, dtype=torch.long, device=device)
         self._records_prompts = prefixes * length <= PROMPT_TOKENS
         self.wanted: set[Grid] = set()
-        self._wanted_before: Counter[Grid] = Counter()
+        self.wanted_before: Counter[Grid] = Counter()  # by the batches before
 
     def tensors(self) -> list[Tensor]:
         """See `Bucket`."""
         answers = self._answers
         pieces = [part for rows in self._rows.values() for part in rows.tensors()]
         found = [
-            *pieces, self._all.draw.donor_RTD, self.latents_RTD, self._begin_RD, self._thinking_R, self._steps_R,
+            *pieces, self.latents_RTD, self._begin_RD, self._thinking_R, self._steps_R,
             self._going, self._position_1, self._at_1, answers.ids_RA, answers.lengths_R, answers.logprob_R,
             answers.margin_R, answers.stopped_R, self._ids_QL, self._lengths_Q, self._last_Q,
         ]  # fmt: skip
@@ -239,8 +212,6 @@ class FixedRollouts(RolloutState, Bucket[Passes, Rollouts]):
         self._hooks = hooks
         self.draw.keys_R2.copy_(draw.keys_R2)
         self.draw.rollouts_R.copy_(draw.rollouts_R)
-        if self.draw.donor_RTD is not None:
-            self.draw.donor_RTD.copy_(cast(Tensor, draw.donor_RTD))
         if self._records_prompts:
             shared = [prompt if self.first_is_free else prompt[:-1] for prompt in prompts]
             ids_QL, lengths_Q = pad_prompts(shared, torch.device("cpu"))
@@ -251,10 +222,6 @@ class FixedRollouts(RolloutState, Bucket[Passes, Rollouts]):
         self._restart()
         self._run_prompts(prompts)
         self._begin_RD.copy_(cast(Tensor, self._hidden_RD if self._pending_RSD is None else self._pending_RSD[:, 0]))
-
-    def count_wanted(self) -> None:
-        """Count the grids that the batch wanted."""
-        self._wanted_before.update(self.wanted)
 
     def walk(self, run: Callable[[Passes], None], *, answers: bool) -> Rollouts:
         """Run all passes of the batch, and learn one pass late whether rows are left; returns the rollouts."""
@@ -278,7 +245,6 @@ class FixedRollouts(RolloutState, Bucket[Passes, Rollouts]):
         run(FirstToken(made))
         left.read()
         first, last = len(plan.forced_ids) + 1, plan.max_answer_tokens - (plan.eos_id is None)
-        used = self._used_after(made) + len(self._ending) + bool(made)
         for position in range(first, last + 1):
             left_P = left.before_last()
             if left_P is not None and not any(left_P):
@@ -287,25 +253,14 @@ class FixedRollouts(RolloutState, Bucket[Passes, Rollouts]):
             grid = smaller_grid(left_P, rows.grid) if left_P and position < last and not random else None
             if grid is not None:
                 self.wanted.add(grid)
-                if self._wanted_before[grid] >= MIN_WANTED:
+                if self.wanted_before[grid] >= MIN_WANTED:
                     run(Move(rows.grid, grid))
                     rows = self._rows[grid]
                     left = _LateReading(rows.left_P)
                     left.read()
-            window = self._window_of(used + position - first + 1)
             own = position if random else None
-            run(NextToken(window, position == plan.max_answer_tokens, own, rows.grid))
+            run(NextToken(position == plan.max_answer_tokens, own, rows.grid))
             left.read()
-
-    def _window_of(self, slots: int) -> int:
-        """How many slots a pass that sees some looks at: one recording serves several passes of the same window.
-
-        The kernel reads from the device how many there are; operators look at all, so that their windows grow.
-        """
-        state = self._all.state
-        if state.suffix and has_kernel(state.suffix[0][0]):
-            return state.capacity
-        return min(power_of_two(slots, MIN_LENGTH), state.capacity)
 
     def run(self, passes: Passes) -> None:
         """See `Bucket`."""
@@ -329,8 +284,26 @@ class FixedRollouts(RolloutState, Bucket[Passes, Rollouts]):
         self._position_1.zero_()
 
     def agreement(self, found: Rollouts, wanted: Rollouts, roundings: float) -> float:
-        """See `agreement`."""
-        return agreement(found, wanted, roundings)
+        """Share of rollouts that agree: latents and log-probabilities within rounding, steps and answers exactly.
+
+        Where the two most probable tokens of an answer are as near each other as rounding, either answer will do.
+
+        Args:
+            found: some rollouts.
+            wanted: the same, computed otherwise.
+            roundings: how many roundings of the dtype (of float32, if it is wider) their mean difference may be.
+        """
+        limit = roundings * max(torch.finfo(dtype).eps for dtype in (wanted.latents_RTD.dtype, torch.float32))
+        pairs = zip(found.answer_ids, wanted.answer_ids, strict=True)
+        same_R = torch.tensor([ours == theirs for ours, theirs in pairs]) & torch.isclose(
+            found.answer_logprob_R, wanted.answer_logprob_R, rtol=10 * limit, atol=10 * limit, equal_nan=True
+        )
+        near_R = torch.minimum(found.answer_margin_R, wanted.answer_margin_R) <= limit
+        agree_R = (found.steps_R == wanted.steps_R) & (same_R | near_R)
+        if wanted.latents_RTD.shape[1]:
+            ours_RX, theirs_RX = (each.latents_RTD.flatten(1).double() for each in (found, wanted))
+            agree_R &= ((ours_RX - theirs_RX).abs().mean(1) <= limit * theirs_RX.abs().mean(1)).cpu()
+        return float(agree_R.double().mean())
 
     def _used_after(self, latents: int) -> int:
         """Slots in use after a number of latents: the last latent is not run yet."""
@@ -382,7 +355,7 @@ class FixedRollouts(RolloutState, Bucket[Passes, Rollouts]):
         self._stand_after(latents)
         self._answers.restart()
         self._all.alive_R.fill_(True)
-        embeddings_RSD, keep_first_R = self._before_answers(self._ending)
+        embeddings_RSD, keep_first_R = self._before_answers()
         position = len(self._plan.forced_ids)
         choice = self._choose(embeddings_RSD, self._plan.latents + position, keep_first_R)
         self._position_1.fill_(position)
@@ -393,7 +366,7 @@ class FixedRollouts(RolloutState, Bucket[Passes, Rollouts]):
         rows = self._rows[passes.grid]
         step = self._plan.latents + (len(self._plan.forced_ids) + 1 if passes.position is None else passes.position)
         self._hooks.set_pass(rows.draw, Forward("answer", step, 1))
-        hidden_R1D = rows.state.append_at(self._embed(rows.token_R)[:, None], self._at_1, passes.window)
+        hidden_R1D = rows.state.append_at(self._embed(rows.token_R)[:, None], self._at_1)
         choice = self._token_after(hidden_R1D[:, 0], rows.draw, step)
         self._take(rows, choice, self._position_1, over=passes.over)
 
@@ -463,33 +436,24 @@ class GraphEngine(Engine):
         def usual() -> Rollouts:
             return Engine.roll(self, prompts, draw, sampler, donor_RTD=donor_RTD, answers=answers)
 
-        key = self._key(prompts, draw, sampler, answers=answers)
-        if key is None:
+        tokens = self.plan.max_answer_tokens + (self.plan.eos_id is not None) - len(self.plan.forced_ids)
+        longest = max(map(len, prompts)) - self.plan.owns_last(sampler)
+        if not self._usable or donor_RTD is not None or longest < 1 or (answers and tokens < 1):
             return usual()
+        length = power_of_two(longest, MIN_LENGTH)
 
         def fixed(known: FixedRollouts | None) -> tuple[FixedRollouts, Rollouts]:
-            draw.donor_RTD = donor_RTD
             with SiteHooks(self.lm, sampler) as hooks:
                 # without a circle of references, buckets go with their engine and not when garbage is collected
                 bucket = known or FixedRollouts(
-                    proxy(self), hooks, draw, len(prompts), key[3], self._recordings.new_recorder()
+                    proxy(self), hooks, draw, len(prompts), length, self._recordings.new_recorder()
                 )
                 found = bucket.record_or_replay(
                     partial(bucket.load, prompts, draw, hooks), partial(bucket.walk, answers=answers)
                 )
-                bucket.count_wanted()
+                bucket.wanted_before.update(bucket.wanted)
             return bucket, found
 
-        return self._recordings.compute(key, usual, fixed)
-
-    def _key(
-        self, prompts: list[list[int]], draw: Draw, sampler: Sampler, *, answers: bool
-    ) -> tuple[str, int, int, int, int, bool] | None:
-        """What a batch shares with the others of its bucket; None where it is not to be recorded."""
-        tokens = self.plan.max_answer_tokens + (self.plan.eos_id is not None) - len(self.plan.forced_ids)
-        longest = max(map(len, prompts)) - self.plan.owns_last(sampler)
-        length = power_of_two(longest, MIN_LENGTH)
-        if not self._usable or self.keeps_timeline or longest < 1 or (answers and tokens < 1):
-            return None
         self._samplers[id(sampler)] = sampler
-        return "rollouts", len(prompts), draw.rollouts_R.shape[0], length, id(sampler), answers
+        key = "rollouts", len(prompts), draw.rollouts_R.shape[0], length, id(sampler), answers
+        return self._recordings.compute(key, usual, fixed)

@@ -103,13 +103,19 @@ def _highest(head: nn.Linear, hidden_RD: Tensor) -> Choice:
     whole = vocabulary // BLOCK * BLOCK
     at_once = max(1, VALUES_AT_ONCE[hidden_RD.device.type] // rows // BLOCK) * BLOCK
     starts = [*range(0, whole, at_once), *([whole] if whole < vocabulary else [])]
-    found = _Found(rows, hidden_RD.device)
     # all pieces share their memory: new pages for each would cost as much as the product
     product_PR = hidden_RD.new_empty(min(at_once, vocabulary), rows)
+    wide_PR = product_PR if product_PR.dtype == torch.float32 else torch.empty_like(product_PR, dtype=torch.float32)
+    found = []
     for start, end in pairwise([*starts, vocabulary]):
         # in this order the product needs no rearranged copy of the weights, and places lie side by side for maxima
-        product = torch.mm(head.weight[start:end], hidden_RD.t(), out=product_PR[: end - start])
-        found.visit(product, start, None if head.bias is None else head.bias[start:end])
+        logits_PR = torch.mm(head.weight[start:end], hidden_RD.t(), out=product_PR[: end - start])
+        if wide_PR is not product_PR:
+            logits_PR = wide_PR[: end - start].copy_(logits_PR)
+        if head.bias is not None:
+            logits_PR += head.bias[start:end].float()[:, None]
+        highest_2R, place_2R = _highest_two(logits_PR)
+        found.append((highest_2R, start + place_2R, logits_PR.sub_(highest_2R[0]).exp_().sum(0)))
     return _choice(head, hidden_RD, found)
 
 
@@ -117,25 +123,35 @@ def _highest_by_kernel(head: nn.Linear, hidden_RD: Tensor) -> Choice:
     """The same on a GPU: one kernel looks at the logits of a piece once."""
     from latent_tts.engine.head_kernel import look
 
-    rows, vocabulary = hidden_RD.shape[0], head.out_features
-    at_once = max(BLOCK, VALUES_AT_ONCE["cuda"] // rows)
-    found = _Found(rows, hidden_RD.device)
-    for start in range(0, vocabulary, at_once):
-        piece = slice(start, min(start + at_once, vocabulary))
+    found, at_once = [], max(BLOCK, VALUES_AT_ONCE["cuda"] // hidden_RD.shape[0])
+    for start in range(0, head.out_features, at_once):
+        piece = slice(start, start + at_once)
         bias_P = None if head.bias is None else head.bias[piece]
-        found.add(*look(hidden_RD @ head.weight[piece].t(), bias_P), start)
+        highest_2R, place_2R, total_R = look(hidden_RD @ head.weight[piece].t(), bias_P)
+        found.append((highest_2R, start + place_2R, total_R))
     return _choice(head, hidden_RD, found)
 
 
-def _choice(head: nn.Linear, hidden_RD: Tensor, found: _Found) -> Choice:
-    """The choice of the highest logit, settled in float32."""
-    token_2R, logits_2R, total_R = found.token_2R, found.highest_2R, found.total_R
+def _choice(head: nn.Linear, hidden_RD: Tensor, found: list[tuple[Tensor, Tensor, Tensor]]) -> Choice:
+    """The choice of the highest logit, settled in float32.
+
+    Args:
+        head: the LM head.
+        hidden_RD: final hidden states.
+        found: of each piece of the vocabulary the two highest logits (2, R), their tokens (2, R), and the sum of
+            exp(logit - highest) (R).
+    """
+    highest, tokens, totals = zip(*found, strict=True)
+    highest_2R, token_2R = _first_two(torch.cat(highest), torch.cat(tokens))
+    pairs = zip(highest, totals, strict=True)
+    total_R = torch.stack([total_R * (own_2R[0] - highest_2R[0]).exp() for own_2R, total_R in pairs]).sum(0)
+    logits_2R = highest_2R
     if hidden_RD.dtype.itemsize < 4:
         token_2R, logits_2R = _settled(head, hidden_RD, token_2R)
         # a logarithm above 0 would come of a logit that its own sum holds rounded
-        settled_R, rounded_R = ((each - found.highest_2R[0]).exp().sum(0) for each in (logits_2R, found.highest_2R))
+        settled_R, rounded_R = ((each - highest_2R[0]).exp().sum(0) for each in (logits_2R, highest_2R))
         total_R = (total_R - rounded_R).clamp(min=0) + settled_R
-    logprob_R = (logits_2R[0] - found.highest_2R[0] - total_R.log()).clamp(max=0)
+    logprob_R = (logits_2R[0] - highest_2R[0] - total_R.log()).clamp(max=0)
     return Choice(token_2R[0], logprob_R, logits_2R[0] - logits_2R[1])
 
 
@@ -163,41 +179,6 @@ def kernel_agrees(device: torch.device, dtype: torch.dtype) -> bool:
         agree &= torch.equal(found[0], highest_2R[:, :2].t()) and torch.equal(found[1], place_2R[:, :2].t())
         agree &= torch.allclose(found[2], total_R, rtol=1e-4)
     return agree
-
-
-class _Found:
-    """What has been seen of the logits of R rows: the highest two and the sum of exponentials."""
-
-    def __init__(self, rows: int, device: torch.device) -> None:
-        self.highest_2R = torch.full((2, rows), float("-inf"), device=device)
-        self.token_2R = torch.zeros(2, rows, dtype=torch.long, device=device)
-        self.total_R = torch.zeros(rows, device=device)  # of exp(logit - highest)
-        self._room = torch.empty(0, device=device)
-
-    def visit(self, product_PR: Tensor, start: int, bias_P: Tensor | None) -> None:
-        """Look at the logits of the tokens from `start` on."""
-        logits_PR = product_PR
-        if product_PR.dtype != torch.float32:
-            if self._room.numel() < product_PR.numel():
-                self._room = torch.empty_like(product_PR, dtype=torch.float32)
-            logits_PR = self._room[: len(product_PR)].copy_(product_PR)
-        if bias_P is not None:
-            logits_PR += bias_P.float()[:, None]
-        own_2R, place_2R = _highest_two(logits_PR)
-        self._rank(own_2R, start + place_2R)
-        self.total_R += logits_PR.sub_(self.highest_2R[0]).exp_().sum(0)
-
-    def add(self, own_2R: Tensor, place_2R: Tensor, own_total_R: Tensor, start: int) -> None:
-        """Take what was found among the tokens from `start` on: the two highest, their places, and the sum."""
-        self._rank(own_2R, start + place_2R)
-        self.total_R += own_total_R * (own_2R[0] - self.highest_2R[0]).exp_()
-
-    def _rank(self, own_2R: Tensor, token_2R: Tensor) -> None:
-        before_R = self.highest_2R[0]
-        self.highest_2R, self.token_2R = _first_two(
-            torch.cat([self.highest_2R, own_2R]), torch.cat([self.token_2R, token_2R])
-        )
-        self.total_R = self.total_R * (before_R - self.highest_2R[0]).exp_()
 
 
 def _settled(head: nn.Linear, hidden_RD: Tensor, token_2R: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ transformers' attention and cache, or takes its logits from the model.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -54,16 +54,14 @@ def prove_reasoner(reasoner: Reasoner, longest: int) -> Computation:
     head = lm.get_output_embeddings()
     if head is None:
         raise UsageError(f"{type(lm).__name__} has no LM head")
-    attention, reason, walk, wanted = _settle(lm, reasoner.next_latent, head, longest)
-    assert wanted.logits_RAV is not None
-    found = Computation(attention, "head", reason)
+    found, walk, wanted = _settle(lm, reasoner.next_latent, head, longest)
     problem = _logits_problem(found, reasoner, wanted.hidden_RPD, wanted)
     capped = getattr(lm.config.get_text_config(), "final_logit_softcapping", None)
     if problem is None and capped is not None:
         problem = f"logits are capped at {capped}"
     if problem is not None:
         why = f"the model does more to logits than its LM head ({problem})"
-        found = Computation(attention, "model", f"{reason}; {why}" if reason else why)
+        found = replace(found, logits="model", reason=f"{found.reason}; {why}" if found.reason else why)
     if lm.dtype.itemsize < 4:
         wanted.logits_limit *= HALF_REFUSED
     problem = _logits_problem(found, reasoner, walk.hidden_RPD, wanted)
@@ -76,8 +74,8 @@ def prove_reasoner(reasoner: Reasoner, longest: int) -> Computation:
 @torch.inference_mode()
 def prove_reward_model(model: RewardModel, longest: int) -> Computation:
     """How the engine has to compute a LatentRM's backbone, which has no LM head. See `prove_reasoner`."""
-    attention, reason, _, _ = _settle(model.backbone, lambda hidden: hidden, None, longest)
-    return Computation(attention, "head", reason)
+    found, _, _ = _settle(model.backbone, lambda hidden: hidden, None, longest)
+    return found
 
 
 @dataclass
@@ -115,37 +113,28 @@ class _Reference:
 
 def _settle(
     lm: PreTrainedModel, make_latent: Callable[[Tensor], Tensor], head: nn.Module | None, longest: int
-) -> tuple[Any, str, _Walk, _Reference]:
-    """The attention that computes a model right, why it is not shared-prefix attention, and the walk that proves it."""
+) -> tuple[Computation, _Walk, _Reference]:
+    """How a model's attention is computed right, and the walk that proves it."""
     if getattr(lm, "_is_stateful", False):
         raise UsageError(f"{type(lm).__name__} keeps a running state, which cannot be rewound or forked")
-    reason, ways, problem = find_attention_problem(lm, longest), ["transformers"], ""
-    if reason is None:
-        ways.insert(0, "shared-prefix")
-    for way in cast(Any, ways):
+    reason, problem = find_attention_problem(lm, longest), ""
+    ways = (Computation("shared-prefix"), Computation("transformers"))
+    for way in ways if reason is None else ways[1:]:
         try:
-            prepare_backbone(lm, Computation(way))
-            walk = _walk(lm, Computation(way), make_latent, head)
+            prepare_backbone(lm, way)
+            walk = _walk(lm, way, make_latent, head)
         except torch.OutOfMemoryError:
             raise
         except (LatentTTSError, *FAILURES) as error:
             problem = f"it {_failure(error)}"
         else:
-            try:
-                wanted = _reference(lm, walk, with_logits=head is not None)
-            except FAILURES as error:
-                raise UsageError(f"{type(lm).__name__}: its own forward pass {_failure(error)}") from error
-            if not wanted.hidden_RPD.isfinite().all():
-                dtype = str(lm.dtype).removeprefix("torch.")
-                weights = (name for name, value in lm.named_parameters() if not value.isfinite().all())
-                why = f": its {name} is not" if (name := next(weights, None)) else ""
-                raise RunError(f"the model's own forward pass gives values that are not finite in {dtype}{why}")
-            problem = _hidden_problem(walk, wanted)
-            if problem is None:
-                prepare_backbone(lm, Computation(way))
-                return way, reason or "", walk, wanted
-        if way == "shared-prefix":
-            reason = f"shared-prefix attention: {problem}"
+            wanted = _reference(lm, walk, with_logits=head is not None)
+            distance = _distance(walk.hidden_RPD, wanted.hidden_RPD, typical=wanted.typical)
+            if distance <= wanted.hidden_limit:
+                prepare_backbone(lm, way)
+                return replace(way, reason=reason or ""), walk, wanted
+            problem = f"hidden states are off by {distance:.1g} of their largest value"
+        reason = reason or f"shared-prefix attention: {problem}"
     raise UsageError(
         f"{type(lm).__name__} cannot be run latent by latent: with transformers' own attention and cache {problem}"
     )
@@ -183,7 +172,12 @@ def _walk(
 
 
 def _reference(lm: PreTrainedModel, walk: _Walk, *, with_logits: bool) -> _Reference:
-    """Run the vectors of a walk through the model itself."""
+    """Run the vectors of a walk through the model itself.
+
+    Raises:
+        UsageError: it fails.
+        RunError: its values are not finite.
+    """
     half = lm.dtype.itemsize < 4
     passes = []
     for kind in ("eager", "sdpa") if half else (None,):
@@ -191,8 +185,16 @@ def _reference(lm: PreTrainedModel, walk: _Walk, *, with_logits: bool) -> _Refer
             use_own_attention(lm, kind)
         except ValueError:  # the model has only one of the two
             continue
-        passes.append(_whole_sequences(lm, walk, with_logits=with_logits))
+        try:
+            passes.append(_whole_sequences(lm, walk, with_logits=with_logits))
+        except FAILURES as error:
+            raise UsageError(f"{type(lm).__name__}: its own forward pass {_failure(error)}") from error
     (hidden_RPD, logits_RAV), (other_RPD, other_RAV) = passes[0], passes[-1]
+    if not hidden_RPD.isfinite().all():
+        dtype = str(lm.dtype).removeprefix("torch.")
+        weights = (name for name, value in lm.named_parameters() if not value.isfinite().all())
+        why = f": its {name} is not" if (name := next(weights, None)) else ""
+        raise RunError(f"the model's own forward pass gives values that are not finite in {dtype}{why}")
     experts = any(getattr(lm.config.get_text_config(), name, None) for name in EXPERTS)
     wanted = _Reference(hidden_RPD, logits_RAV, LATENTS, LOG_PROBABILITIES, typical=half and experts)
     if half:
@@ -226,13 +228,6 @@ def _whole_sequences(lm: PreTrainedModel, walk: _Walk, *, with_logits: bool) -> 
 
 def _known_tokens(lm: PreTrainedModel) -> int:
     return cast(nn.Embedding, lm.get_input_embeddings()).weight.shape[0]
-
-
-def _hidden_problem(walk: _Walk, wanted: _Reference) -> str | None:
-    distance = _distance(walk.hidden_RPD, wanted.hidden_RPD, typical=wanted.typical)
-    if distance <= wanted.hidden_limit:
-        return None
-    return f"hidden states are off by {distance:.1g} of their largest value"
 
 
 def _logits_problem(computation: Computation, reasoner: Reasoner, hidden_RPD: Tensor, wanted: _Reference) -> str | None:
@@ -279,28 +274,25 @@ class _Observed:
     Attributes:
         longest: tokens of the longest sequence.
         layers: those that called the function.
-        arguments: what they passed besides queries, keys, values, mask and scale.
-        not_causal: whether a mask of the longest sequence differs from a causal one.
-        masks: how many masks the model made.
+        softcap: what they cap scores at; None where they do not.
+        causal: whether each mask that the model made is causal in the longest sequence.
     """
 
     longest: int
     layers: set[int] = field(default_factory=set)
-    arguments: dict[str, Any] = field(default_factory=dict)
-    not_causal: bool = False
-    masks: int = 0
+    softcap: float | None = None
+    causal: list[bool] = field(default_factory=list)
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **arguments: Any
     ) -> tuple[Tensor, None]:
         """Stand in for an attention function."""
         self.layers.add(int(cast(Any, module).layer_idx))
-        self.arguments |= {name: given for name, given in arguments.items() if given is not None}
+        self.softcap = self.softcap if arguments.get("softcap") is None else arguments["softcap"]
         return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2), None
 
     def mask(self, *, mask_function: Callable, use_vmap: bool = False, **arguments: Any) -> None:
         """Count what the first and the last token of the longest sequence attend to."""
-        self.masks += 1
         last, shown = self.longest - 1, {"batch_size": 1, "q_length": 1, "allow_is_causal_skip": False}
         for query, visible in ((0, 1), (last, self.longest)):
             mask = sdpa_mask(
@@ -308,7 +300,7 @@ class _Observed:
                 use_vmap=use_vmap, device=arguments.get("device", "cpu"),
             )  # fmt: skip
             assert mask is not None
-            self.not_causal |= int(mask.sum()) != visible
+            self.causal.append(int(mask.sum()) == visible)
 
 
 def find_attention_problem(lm: PreTrainedModel, longest: int) -> str | None:
@@ -331,8 +323,8 @@ def find_attention_problem(lm: PreTrainedModel, longest: int) -> str | None:
         use_own_attention(lm)
     if len(observed.layers) < layers:
         return f"the attention of {type(body).__name__} cannot be replaced"
-    if observed.arguments.get("softcap") is not None:
-        return f"attention scores are capped at {observed.arguments['softcap']}"
-    if layers and (observed.not_causal or not observed.masks):
+    if observed.softcap is not None:
+        return f"attention scores are capped at {observed.softcap}"
+    if layers and not (observed.causal and all(observed.causal)):
         return f"not all tokens of a sequence of {observed.longest} tokens see all tokens before them"
     return None

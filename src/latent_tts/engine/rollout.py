@@ -100,7 +100,7 @@ class Rollouts:
         answer_margin_R: smallest gap between the two highest logits of an answer position; NaN if none was decoded.
         stopped_R: whether the row ended by eos (otherwise by the token limit).
         sweeps_R, commits_R, conflicts_R: what the schedule counted, see `schedule.Counts`.
-        timeline: the sweeps that counted so; empty unless `Engine.keeps_timeline`.
+        timeline: the sweeps that counted so; empty where latents are made one after another.
     """
 
     latents_RTD: Tensor
@@ -122,10 +122,7 @@ class Engine:
         reasoner: the model.
         plan: what a rollout consists of.
         draft: predicts latents, for a schedule whose guesses it makes.
-        keeps_timeline: whether `roll` says what each sweep did.
     """
-
-    keeps_timeline = False
 
     def __init__(self, reasoner: Reasoner, plan: RolloutPlan, draft: DraftHead | None = None) -> None:
         self.reasoner, self.plan, self.draft = reasoner, plan, draft
@@ -134,6 +131,8 @@ class Engine:
         self.head = head_of(reasoner)
         self.width = int(self.lm.config.get_text_config().hidden_size)
         self.blocks = int(self.lm.config.get_text_config().num_hidden_layers)
+        ending = [*plan.thinking_end_ids, *plan.forced_ids]  # what is fed after the last latent
+        self.ending_ids = torch.tensor(ending, dtype=torch.long, device=self.device)
 
     @property
     def device(self) -> torch.device:
@@ -167,7 +166,6 @@ class Engine:
         with SiteHooks(self.lm, sampler) as hooks:
             rollouts = RolloutState.start(self, prompts, draw, hooks, keep_states=self.draft is not None)
             rollouts.drafts_RTD = drafts_RTD
-            rollouts.counts.timeline = [] if self.keeps_timeline else None
             rollouts.make_latents()
             return rollouts.decode_answers() if answers else rollouts.finish()
 
@@ -425,30 +423,28 @@ class RolloutState:
         first_R1D, _ = self.compute(0, 1)
         if not self.first_is_free:
             self.counts.sweeps_R += 1
-            if self.counts.timeline is not None:
-                start_R = torch.zeros_like(self.counts.sweeps_R)
-                self.counts.timeline.append(Sweep(start_R, start_R + 1, start_R))
+            start_R = torch.zeros_like(self.counts.sweeps_R)
+            self.counts.timeline.append(Sweep(start_R, start_R + 1, start_R))
         predicted = self.engine.draft(first_R1D[:, 0], *self.prompt_states())
         return torch.cat([first_R1D, predicted.to(first_R1D.dtype)], 1)
 
     def compute(self, first: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """Make latents first..stop-1 from those before them as they are now. See `LatentSequence.compute`."""
         steps = range(first or int(self.first_is_free), stop)  # the prompt's pass may have made h_1
-        hidden_RSD = self._hidden_RD[:, None] if self._hidden_RD is not None and first == 0 else None
+        hidden = [] if steps.start == first else [cast(Tensor, self._hidden_RD)[:, None]]
         if steps:
-            inputs = [self.latents_RTD[:, max(steps[0] - 1, 0) : stop - 1]]
-            if steps[0] == 0:
-                assert self._pending_RSD is not None
-                inputs.insert(0, self._pending_RSD)
-            self._state.rewind(steps[0] - self.first_is_free)
-            run_RSD = self._run(torch.cat(inputs, 1), [Forward("thoughts", step, 1) for step in steps])
-            hidden_RSD = run_RSD if steps[0] == first else torch.cat([cast(Tensor, hidden_RSD), run_RSD], 1)
-        assert hidden_RSD is not None
+            inputs = [self.latents_RTD[:, max(steps.start - 1, 0) : stop - 1]]
+            if steps.start == 0:
+                inputs.insert(0, cast(Tensor, self._pending_RSD))
+            self._state.rewind(steps.start - self.first_is_free)
+            hidden.append(self._run(torch.cat(inputs, 1), [Forward("thoughts", step, 1) for step in steps]))
+        hidden_RSD = torch.cat(hidden, 1)
         made = [self._latent_after(hidden_RSD[:, step - first], step) for step in range(first, stop)]
-        if self._plan.stop_id is None:
-            return torch.stack(made, 1), None
-        stops_RS = choose(self.engine.head, hidden_RSD.flatten(0, 1)).token_R.view(len(hidden_RSD), -1)
-        return torch.stack(made, 1), stops_RS == self._plan.stop_id
+        stops_RS = None
+        if self._plan.stop_id is not None:
+            token_R = choose(self.engine.head, hidden_RSD.flatten(0, 1)).token_R
+            stops_RS = token_R.view(len(hidden_RSD), -1) == self._plan.stop_id
+        return torch.stack(made, 1), stops_RS
 
     def commit(self, first: int) -> None:
         """All latents are made. See `LatentSequence.commit`."""
@@ -479,7 +475,7 @@ class RolloutState:
         answers = Answers(plan, self.latents_RTD.shape[0], self.engine.device)
         here = torch.arange(self.latents_RTD.shape[0], device=self.engine.device)  # each row's number before some left
         alive = torch.ones_like(here, dtype=torch.bool)
-        embeddings_RSD, keep_first_R = self._before_answers(self._ending_ids())
+        embeddings_RSD, keep_first_R = self._before_answers()
         for position in range(forced, plan.max_answer_tokens + (plan.eos_id is not None)):
             choice = self._choose(embeddings_RSD, plan.latents + position, keep_first_R)
             keep_first_R = None
@@ -507,17 +503,12 @@ class RolloutState:
             counts = Counts((steps_R - int(self.first_is_free)).clamp(min=0), steps_R, torch.zeros_like(steps_R))
         return Rollouts(
             self.latents_RTD, steps_R, ids, logprob_R, margin_R, stopped_R,
-            counts.sweeps_R.cpu(), counts.commits_R.cpu(), counts.conflicts_R.cpu(), counts.timeline or [],
+            counts.sweeps_R.cpu(), counts.commits_R.cpu(), counts.conflicts_R.cpu(), counts.timeline,
         )  # fmt: skip
 
-    def _ending_ids(self) -> Tensor:
-        """What is fed after the last latent."""
-        ids = [*self._plan.thinking_end_ids, *self._plan.forced_ids]
-        return torch.tensor(ids, dtype=torch.long, device=self.engine.device)
-
-    def _before_answers(self, ending_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _before_answers(self) -> tuple[Tensor, Tensor | None]:
         """What is run before the first answer token (R, S, D), and in which rows the first of it counts."""
-        embeddings_RSD = self._embed(ending_ids).expand(self.latents_RTD.shape[0], -1, -1)
+        embeddings_RSD = self._embed(self.engine.ending_ids).expand(self.latents_RTD.shape[0], -1, -1)
         if self._pending_RSD is None:
             return embeddings_RSD, None
         return torch.cat([self._pending_RSD, embeddings_RSD], dim=1), self.thinking_R

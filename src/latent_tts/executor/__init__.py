@@ -6,9 +6,9 @@ back, so workers need no shared folder.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 
 class Worker(Protocol):
@@ -23,12 +23,7 @@ class Worker(Protocol):
         ...
 
 
-class Work(Protocol):
-    """What workers are to do. It can be pickled unless they are in the driver's process."""
-
-    def start(self) -> Worker:
-        """A worker in this process."""
-        ...
+Work: TypeAlias = Callable[[], Worker]  # makes a worker in this process; can be pickled unless it is the driver's
 
 
 @dataclass(frozen=True)
@@ -106,7 +101,7 @@ class Executor(Protocol):
         """Workers for some work; those of the work before are used again.
 
         Args:
-            work: what they are to do.
+            work: makes a worker.
             device: `engine.device`.
 
         Raises:

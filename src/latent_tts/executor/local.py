@@ -15,7 +15,7 @@ class LocalPool:
     workers = (0,)
 
     def __init__(self, work: Work) -> None:
-        self._worker = work.start()
+        self._worker = work()
         self._shards: list[Any] = []
 
     def describe(self) -> list[Any]:

@@ -133,7 +133,7 @@ class RayPool:
         Args:
             actors: of the workers, each with whether it is there: not dead and about to be started again; kept up to
                 date, and those that are lost are removed.
-            work: what they are to do.
+            work: makes a worker.
             retries: how often in a row a worker may die and gets another shard.
         """
         self._all, self._retries = actors, retries
@@ -274,7 +274,7 @@ class _Actor:
                 work: Work = pickle.loads(pickled)
             except Exception as error:  # of any class: another version of the code may raise whatever it likes
                 raise RunError(f"it does not have the driver's code: {reason(error)}") from error
-            self._worker, self._id = work.start(), work_id
+            self._worker, self._id = work(), work_id
         return self._worker
 
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from latent_tts.checkpoint import files
 from latent_tts.checkpoint.adapter import CheckpointAdapter
-from latent_tts.errors import bad_value, check_fields, is_number
+from latent_tts.errors import check_fields, is_number, require
 from latent_tts.types import Question, Reasoner
 
 if TYPE_CHECKING:
@@ -37,7 +36,6 @@ class Colar(CheckpointAdapter):
     thinking_speed: int = 2
 
     family = "CoLaR"
-    question_end = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,13 +59,9 @@ class Colar(CheckpointAdapter):
     @cached_property
     def latent_std(self) -> float:
         """The standard deviation of the backbone's token embeddings, by which the head's output is multiplied."""
-        std = self.config.get("latent_embedding_std")
-        if not (is_number(std) and std > 0):
-            raise bad_value(
-                "model.checkpoint",
-                self.folder,
-                f"config.json has latent_embedding_std={std}; it must be a positive number",
-            )
+        std: Any = self.config.get("latent_embedding_std")
+        why = f"config.json has latent_embedding_std={std}; it must be a positive number"
+        require("model.checkpoint", self.folder, is_number(std) and std > 0, why)
         return float(std)
 
     def check_tokens(self) -> None:
@@ -77,12 +71,6 @@ class Colar(CheckpointAdapter):
     def has_spread(self) -> bool:  # type: ignore[override]
         """Whether the latent head has a `log_std` beside its `mean`."""
         return f"{HEAD}log_std.weight" in files.weight_shapes(self.folder)
-
-    @cached_property
-    def latent_weights(self) -> int:
-        """Matrix entries of the head without `log_std`, which only `sampler=native` runs."""
-        spread = files.weight_shapes(self.folder)[f"{HEAD}log_std.weight"] if self.has_spread else [0]
-        return super().latent_weights - prod(spread)
 
     def check_tensors(self, shapes: Mapping[str, list[int]]) -> None:
         """Check that the latent head is complete and has the width of the backbone.

@@ -17,7 +17,7 @@ from latent_tts.checkpoint import files
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.text.number import MINUS, canonical_number, closing
-from latent_tts.text.template import QUESTION, TemplateError, render_prompt
+from latent_tts.text.template import QUESTION, render_prompt
 from latent_tts.types import Question
 
 PLAIN, CHAT = "plain", "chat"
@@ -111,7 +111,7 @@ class Cot(CheckpointAdapter):
         else:
             try:
                 text = render_prompt(self._template, question.text, self._tokens)
-            except TemplateError as error:
+            except ValueError as error:
                 raise self._bad_prompt(f"question {question.quoted} cannot be written: {error}") from error
             ids = self.text_ids(question, text, special=self.prompt != CHAT)  # a chat template writes them itself
         if not ids:
@@ -129,7 +129,7 @@ class Cot(CheckpointAdapter):
         if self.prompt == PLAIN:
             _, sign, answer = answer_text.rpartition("#")
             return answer.strip() if sign else None
-        end = self._end_of_chain(answer_text)
+        end = MARKER.split(answer_text)[-1]
         boxed = _last_boxed(end)
         lines = [line.strip() for line in end.splitlines() if line.strip()]
         return boxed if boxed is not None else LEAD.sub("", lines[-1]).strip("*") if lines else None
@@ -139,16 +139,12 @@ class Cot(CheckpointAdapter):
         if self.prompt == PLAIN:
             return self.answer_span(answer_text)
         text = DASH.sub("-", MINUS.sub("-", answer_text))
-        end = self._end_of_chain(text)
+        end = MARKER.split(text)[-1]
         boxed = _last_boxed(end)
         if canonical_number(boxed) is not None:
             return boxed
         numbers = NUMBER.findall(end) or NUMBER.findall(text)
         return re.sub(SEPARATOR, "", numbers[-1]) if numbers else None
-
-    def _end_of_chain(self, answer_text: str) -> str:
-        """The text after the last `###`; all of it if there is none."""
-        return MARKER.split(answer_text)[-1]
 
 
 def _last_boxed(text: str) -> str | None:

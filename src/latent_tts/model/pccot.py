@@ -46,7 +46,6 @@ class Pccot(CheckpointAdapter):
     known_first: bool = False
 
     family = "PCCoT"
-    question_end = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,7 +88,7 @@ class Pccot(CheckpointAdapter):
         require(
             "model.answer_prompt",
             self.answer_prompt,
-            self._unknown_id is None or self._unknown_id not in self.thinking_end_ids,
+            self.tokenizer.token_to_id("<|unknown|>") not in self.thinking_end_ids,
             f"must be words in the vocabulary of {self.checkpoint}",
         )
 
@@ -104,15 +103,14 @@ class Pccot(CheckpointAdapter):
             UsageError: as for every family.
         """
         super().check()
-        trained = self.recorded.get("sweeps")
-        if not is_whole(trained):
+        if not is_whole(self.recorded.get("sweeps")):
             return
-        if trained != self.sweeps:
-            log.warning("model.sweeps=%d: %s was trained with %d", self.sweeps, self.checkpoint, trained)
-        known = self.recorded.get("known_first", False)
-        if known != self.known_first:
-            given, trained = as_typed(self.known_first), as_typed(known)
-            log.warning("model.known_first=%s: %s was trained with %s", given, self.checkpoint, trained)
+        for key, given in {"sweeps": self.sweeps, "known_first": self.known_first}.items():
+            trained = self.recorded.get(key, False)
+            if trained != given:
+                log.warning(
+                    "model.%s=%s: %s was trained with %s", key, as_typed(given), self.checkpoint, as_typed(trained)
+                )
 
     def check_tensors(self, shapes: Mapping[str, list[int]]) -> None:
         """Check that the projection, if there is one, is complete and has the width of the backbone.
@@ -126,10 +124,6 @@ class Pccot(CheckpointAdapter):
         wanted = {f"{layer}.weight": width * 2 for layer in (0, 2)} | {"3.weight": width}
         wanted |= {f"{layer}.bias": width for layer in (0, 2, 3)}
         self.require_tensors("projection", PROJECTION, wanted, shapes)
-
-    def answer_span(self, answer_text: str) -> str:
-        """The text after the last `#`, or the whole text after the forced prompt."""
-        return answer_text.rpartition("#")[2].strip()
 
     def load(self, *, device: str, dtype: str) -> Reasoner:
         """Load the weights (imports torch)."""

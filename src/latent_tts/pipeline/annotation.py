@@ -83,11 +83,11 @@ def _label(
     questions: Sequence[tuple[int, Question]],
     prompts: Mapping[str, list[int]],
 ) -> None:
-    from latent_tts.pipeline.labeller import LabellingWork, units_of
+    from latent_tts.pipeline.labeller import labelling_work, units_of
 
     adapter, executor = spec.adapter, spec.executor
     jobs = [QuestionToLabel(question, place, prompts[question.id]) for place, question in questions]
-    pool = executor.open(LabellingWork.of(spec, max(len(job.prompt) for job in jobs)), spec.engine.device)
+    pool = executor.open(labelling_work(spec, max(len(job.prompt) for job in jobs)), spec.engine.device)
     workers = pool.describe()
     folder.rows = rows = min(each.rows for each in workers)
     for worker in workers:

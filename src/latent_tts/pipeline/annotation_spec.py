@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from latent_tts.engine.cost import Shape
-from latent_tts.errors import check_fields, check_seed, require
+from latent_tts.errors import SEED, check_fields, require
 from latent_tts.pipeline.code import DRAWING, code_digests
 from latent_tts.pipeline.keys import own_fields
-from latent_tts.pipeline.spec import DrawingRequest, check_sampler, refuse_early_exit, require_steps, settle_schedule
+from latent_tts.pipeline.spec import DrawingRequest, check_sampler, require_steps, settle_schedule
 from latent_tts.results.annotations import FORMAT
 from latent_tts.types import Question
 
-KEEP = ("mixed", "all")
 MAX_LABELLED = 1 << 16  # rollout number and completion number share a 32-bit counter word
 
 
@@ -55,18 +54,24 @@ class AnnotationSpec(DrawingRequest):
         """
         adapter, sampler = self.adapter, self.sampler
         require("n", self.n, 2 <= self.n < MAX_LABELLED, f"must be 2 or more, less than {MAX_LABELLED}")
-        check_seed(self.seed)
         self.executor.check(self.engine.device)
-        allowed = f"must be 1 or more, less than {MAX_LABELLED}"
-        require("completions", self.completions, 1 <= self.completions < MAX_LABELLED, allowed)
-        check_fields("", self, keep=KEEP)
-        allowed = "must be one whose latents differ: gaussian, or dropout in prompt or thoughts"
-        require("sampler", sampler.name, bool(sampler.random_latents), allowed)
+        require(
+            "completions",
+            self.completions,
+            1 <= self.completions < MAX_LABELLED,
+            f"must be 1 or more, less than {MAX_LABELLED}",
+        )
+        check_fields("", self, keep=("mixed", "all"), seed=SEED)
+        require(
+            "sampler",
+            sampler.name,
+            bool(sampler.random_latents),
+            "must be one whose latents differ: gaussian, or dropout in prompt or thoughts",
+        )
         adapter.check()
         require("model.latents", 0, adapter.latents != 0, "must be 1 or more: labels are of latents")
         check_sampler(sampler, adapter)
         schedule = settle_schedule(self.schedule, adapter, chosen="schedule" in self.chosen)
-        refuse_early_exit(schedule, "must be null: labels are of rollouts that make all latents")
         require_steps(schedule, adapter, "a label is of a prefix h_1..h_t, completed from there")
 
     @property

@@ -14,7 +14,7 @@ from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results import report
 from latent_tts.results.cache import NOT_DECODED
 from latent_tts.results.trace import UNREADABLE
-from latent_tts.text.classes import shared_forms
+from latent_tts.text.answer import shared_forms
 
 MAX_TEXT = 60  # characters of a question in a line of votes
 
@@ -31,7 +31,7 @@ class ArrivingVotes:
         """Take the answers of a batch, see `RunRequest.on_answers`, and show the votes of its questions."""
         adapter, rule = self._spec.adapter, self._spec.task.rule
         for (key, _), ids in zip(places, answer_ids, strict=True):
-            self._answers[key].append(rule.read(adapter.answer_text(list(ids)), adapter))
+            self._answers[key].append(adapter.read_answer(adapter.answer_text(list(ids)), rule))
         for key in dict.fromkeys(key for key, _ in places):
             answers = self._answers[key]
             votes = votes_text(count_votes(shared_forms(answers, rule.equal)), answers.count(None))

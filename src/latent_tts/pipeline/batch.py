@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from latent_tts.engine.cost import PassCost, Rates, Shape
-from latent_tts.engine.device import measured_rates, peak_bytes, reset_peak_bytes, synchronized_seconds
-from latent_tts.engine.packing import RolloutJob, question_ids, require_finite, row_bytes
+from latent_tts.engine.device import peak_bytes, reset_peak_bytes, synchronized_seconds
+from latent_tts.engine.packing import RolloutJob, question_ids, require_finite
 from latent_tts.engine.rollout import Rollouts
 from latent_tts.engine.scoring import LatentScorer
 from latent_tts.pipeline.keys import score_key
@@ -80,10 +80,9 @@ def least_columns(parts: Sequence[PassCost], rates: Rates, rows: int) -> Columns
 class BatchScorer:
     """The run's scorer, loaded when it is first needed, over batches of latents."""
 
-    def __init__(self, spec: RunSpec, device: str, rates: Rates | None = None) -> None:
-        self._spec, self._scorer, self._device = spec, spec.given_scorer, device
-        self.shape = Shape.from_config(self._scorer.sizes)
-        self.rates = rates or measured_rates(self.shape.width, spec.engine.dtype, device)
+    def __init__(self, spec: RunSpec, rates: Rates) -> None:
+        self._spec, self._rates = spec, rates
+        self._shape = Shape.from_config(spec.given_scorer.sizes)
 
     @cached_property
     def model(self) -> LatentScorer:
@@ -94,7 +93,7 @@ class BatchScorer:
     def digest(self) -> str:
         """What `cache.SCORED_BY` says of its scores."""
         computation = self.model.model.computation
-        return settings_digest(score_key(self._scorer, self._spec.engine.dtype, self._spec.n, computation))
+        return settings_digest(score_key(self._spec.given_scorer, self._spec.engine.dtype, self._spec.n, computation))
 
     def score(self, batch: Sequence[RolloutJob], latents_RTD: Tensor, steps_R: Tensor) -> Columns:
         """The columns `cache.SCORE_FIELDS` of a batch, with its latents (zeros where a row has none).
@@ -118,26 +117,9 @@ class BatchScorer:
             require_finite("step scores", finite_R, question_ids(batch), scorer.backbone.dtype, "scoring rollouts")
         measured = measured_columns(started, scorer.device, len(latents_RTD))
         prompts = [len(job.prompt) for job in batch]
-        least = self.shape.scoring_cost(prompts, steps_R.numpy(), scorer.backbone.dtype.itemsize)
+        least = self._shape.scoring_cost(prompts, steps_R.numpy(), scorer.backbone.dtype.itemsize)
         return {
             "step_scores": ragged(scores_RT.float().numpy(), steps_R.numpy()),
             **{name: measured[name] for name in MEASURED if name in measured},
-            **least_columns(least, self.rates, len(latents_RTD)),
+            **least_columns(least, self._rates, len(latents_RTD)),
         }
-
-    def bytes_per_row(self, jobs: Sequence[RolloutJob]) -> int:
-        """Upper estimate of a row's bytes; a batch may hold one row per prompt."""
-        longest = max(len(job.prompt) for job in jobs)
-        number = self._spec.engine.bytes_per_number
-        return row_bytes(self.shape, longest, self._spec.adapter.latents, number, own_prompt=True)
-
-    def max_flops(self, job: RolloutJob) -> float:
-        """Operations of scoring a job."""
-        prompt, latents = len(job.prompt), self._spec.adapter.latents
-        return self.shape.pass_flops(prompt) + len(job.rollouts) * self.shape.scoring_flops(prompt, latents)
-
-    def log_work(self, jobs: Sequence[RolloutJob]) -> None:
-        """Say how much there is to score, and what it takes."""
-        work = sum(map(self.max_flops, jobs))
-        count = sum(len(job.rollouts) for job in jobs)
-        log.info("%d rollouts to score with %s: at most %.3g GFLOP", count, self._scorer.name, work / 1e9)

@@ -95,10 +95,8 @@ def _digest_of_rooms(rooms: tuple[str, ...]) -> str:
 
 
 def _digest(paths: Iterable[Path]) -> str:
-    sha = hashlib.sha256()
-    for path in paths:
-        sha.update(path.name.encode() + _digest_of_source(path.read_bytes()))
-    return sha.hexdigest()[:16]
+    digests = [path.name.encode() + _digest_of_source(path.read_bytes()) for path in paths]
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
 
 
 @cache  # rooms are read in several sets
@@ -118,9 +116,11 @@ def _digest_of_source(source: bytes) -> bytes:
 @cache
 def _own_libraries() -> frozenset[str]:
     """The packages that this one needs itself."""
-    # none if a checkout runs without being installed
-    needed = [line for each in distributions(name="latent-tts") for line in each.requires or ()]
-    return frozenset(re.split(r"[^\w-]", line)[0].replace("-", "_") for line in needed)
+    return frozenset(
+        re.split(r"[^\w-]", line)[0].replace("-", "_")
+        for each in distributions(name="latent-tts")  # none if a checkout runs without being installed
+        for line in each.requires or ()
+    )
 
 
 def computed_attributes(kind: type) -> set[str]:
@@ -148,4 +148,4 @@ def _modules_of(objects: Iterable[object]) -> Iterator[str]:
             yield value.__module__
         elif kind.__module__.partition(".")[0] not in sys.stdlib_module_names | _own_libraries():
             fields = getattr(value, "__dict__", {})
-            left += [each for name, each in fields.items() if name not in computed_attributes(kind)]
+            left += [fields[name] for name in fields.keys() - computed_attributes(kind)]

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import TypeAlias
 
 import numpy as np
@@ -33,6 +33,7 @@ from latent_tts.engine.draft import load_draft
 from latent_tts.engine.packing import RolloutJob, batches, max_prompts, question_ids, require_finite, row_bytes
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.errors import require
+from latent_tts.executor import Work
 from latent_tts.pipeline.batch import (
     BatchScorer,
     Columns,
@@ -54,7 +55,7 @@ from latent_tts.pipeline.models import (
 )
 from latent_tts.pipeline.progress import batch_progress
 from latent_tts.pipeline.spec import RunSpec, reserved_positions
-from latent_tts.pipeline.worker_checks import check_code, check_draft, check_weights, code_of_driver
+from latent_tts.pipeline.worker_checks import work_of
 from latent_tts.results import report
 from latent_tts.results.cache import ROLLOUT_SCHEMA, SCORE_SCHEMA, SCORED_BY, SCORING
 from latent_tts.results.files import settings_digest
@@ -63,7 +64,6 @@ from latent_tts.types import Computation
 
 Place: TypeAlias = tuple[str, int]
 Sums: TypeAlias = dict[str, tuple[int, Tensor]]  # by row key: see `DirectionSums`
-directions = DirectionSums()  # of the questions drawn last, for their next round and the next job of a sweep
 
 
 # Messages between driver and worker
@@ -171,48 +171,22 @@ class Description:
     rates: Rates
 
 
-@dataclass(frozen=True)
-class DrawingWork:
-    """The rollouts of a run, or some of them, as workers receive them.
-
-    Attributes:
-        spec: the run; without questions where the worker is in another process: shards bring theirs.
-        longest: tokens of the longest prompt to come.
-        scored: whether the run's scorer reads latents.
-        max_bytes: what is known to fit, see `Computed.fits`.
-        code: see `worker_checks.code_of_driver`; None where the worker is in the driver's process.
-    """
-
-    spec: RunSpec
-    longest: int
-    scored: bool
-    max_bytes: Mapping[str, int]
-    code: Mapping[str, str] | None = None
-
-    @classmethod
-    def of(cls, spec: RunSpec, longest: int, *, scored: bool, max_bytes: Mapping[str, int]) -> DrawingWork:
-        """Work of a run's own executor."""
-        if spec.executor.in_process:
-            return cls(spec, longest, scored, max_bytes)
+def drawing_work(spec: RunSpec, longest: int, *, scored: bool, max_bytes: Mapping[str, int]) -> Work:
+    """The work of a run's executor; see `Drawer`. Shards bring their questions to other processes."""
+    if not spec.executor.in_process:
         prompt = max(spec.prompts.items(), key=lambda item: len(item[1]))
-        lean = replace(
+        spec = replace(
             spec, questions=[], prompts=dict([prompt]), donors={}, counts=None, refresh=False, on_answers=None
         )
-        options = (spec.adapter, spec.sampler, spec.schedule, spec.search, spec.scorer)
-        code = code_of_driver(spec.executor, options, [spec.config.get(name) for name in (*DRAWING, "scorer")])
-        return cls(lean, longest, scored, max_bytes, code)
-
-    def start(self) -> Drawer:
-        """A worker in this process.
-
-        Raises:
-            RunError: this process has other code, weights or another draft head than the driver.
-        """
-        if self.code is not None:
-            check_code(self.code)
-            check_weights(self.spec.adapter, self.spec.scorer)
-            check_draft(self.spec.draft)
-        return Drawer(self)
+    options = (spec.adapter, spec.sampler, spec.schedule, spec.search, spec.scorer)
+    return work_of(
+        spec.executor,
+        partial(Drawer, spec, longest, scored=scored, max_bytes=max_bytes),
+        options,
+        [spec.config.get(name) for name in (*DRAWING, "scorer")],
+        [spec.adapter, spec.scorer],
+        spec.draft,
+    )
 
 
 # The worker
@@ -227,10 +201,7 @@ def to_host(latents_RTD: Tensor) -> Tensor:
     """The same latents on the CPU, from a GPU through pinned memory."""
     if not latents_RTD.is_cuda:
         return latents_RTD
-    host = torch.empty(latents_RTD.shape, dtype=latents_RTD.dtype, pin_memory=True)
-    host.copy_(latents_RTD, non_blocking=True)
-    torch.cuda.current_stream(latents_RTD.device).synchronize()
-    return host
+    return torch.empty(latents_RTD.shape, dtype=latents_RTD.dtype, pin_memory=True).copy_(latents_RTD)
 
 
 def pack(spec: RunSpec, jobs: Sequence[RolloutJob], rows: int, device: str) -> Iterator[list[RolloutJob]]:
@@ -254,27 +225,23 @@ def max_flops(spec: RunSpec, job: RolloutJob, *, answers: bool) -> float:
     return passes.shared_flops(prompt) + rollouts_to_grow(spec, job) * per_rollout
 
 
-def directions_key(latents: str, row_key: str) -> str:
-    """What `directions` calls a question of a run whose latents have a digest."""
-    return f"{latents} {row_key}"
+@lru_cache(maxsize=1)
+def directions_of(latents: str) -> DirectionSums:
+    """Sums by row key for latents with this digest; those of the last run stay, for its next round or a larger n."""
+    return DirectionSums()
 
 
-def latents_digest(spec: RunSpec, computations: tuple[Computation, Computation | None]) -> str:
-    """What determines the latents of a run whose models are computed so; see `Description`."""
-    return settings_digest(latents_key(spec, *computations))
-
-
-def sums_of(jobs: Iterable[RolloutJob], latents: str) -> Sums:
+def sums_of(jobs: Iterable[RolloutJob], directions: DirectionSums) -> Sums:
     """The sums of directions of the questions of some jobs, where they are known."""
-    found = {job.row_key: directions.get(directions_key(latents, job.row_key)) for job in jobs}
+    found = {job.row_key: directions.get(job.row_key) for job in jobs}
     return {key: each for key, each in found.items() if each is not None}
 
 
-def find_uncompared(jobs: Iterable[RolloutJob], latents: str) -> list[RolloutJob]:
-    """Earlier rollouts of the same questions that `directions` lacks: never compared, or dropped since."""
+def find_uncompared(jobs: Iterable[RolloutJob], directions: DirectionSums) -> list[RolloutJob]:
+    """Earlier rollouts of the same questions that the sums lack: never compared, or dropped since."""
     unknown = []
     for job in jobs:
-        key, first = directions_key(latents, job.row_key), job.rollouts[0]
+        key, first = job.row_key, job.rollouts[0]
         known = directions.counted(key)
         if known > first:
             directions.forget(key)
@@ -287,9 +254,16 @@ def find_uncompared(jobs: Iterable[RolloutJob], latents: str) -> list[RolloutJob
 class Drawer:
     """Rolls batches of a run's rollouts, and scores and compares their latents where they are made."""
 
-    def __init__(self, work: DrawingWork) -> None:
-        """Measure the machine; models are loaded when they are first needed."""
-        self._work, self.spec = work, (spec := work.spec)
+    def __init__(self, spec: RunSpec, longest: int, *, scored: bool, max_bytes: Mapping[str, int]) -> None:
+        """Measure the machine; models are loaded when they are first needed.
+
+        Args:
+            spec: the run; without questions in another process than the driver's.
+            longest: tokens of the longest prompt to come.
+            scored: whether the run's scorer reads latents.
+            max_bytes: what is known to fit, see `Computed.fits`.
+        """
+        self.spec, self._scored = spec, scored or spec.guided
         self.device = find_device(spec.engine)
         keep_freed_memory()
         kind = torch.device(self.device).type
@@ -300,10 +274,10 @@ class Drawer:
         if not spec.schedule.stepwise or spec.schedule.exit is not None:
             refuse_graphs(spec.engine, f"schedule={spec.schedule.name} decides on the way what it computes")
         self.own_prompt = "prompt" in spec.sampler.random_phases
-        self.bytes_per_row = self._bytes_per_row(work.longest)
+        self.bytes_per_row = self._bytes_per_row(longest)
         self.rows = rows_per_batch(spec.engine, spec.shape, self.bytes_per_row, self.device, own_prompt=self.own_prompt)
         self.memory = f"{spec.adapter.digest} {spec.engine.dtype} {device_name(self.device)}"
-        self._max_bytes = work.max_bytes.get(self.memory)
+        self._max_bytes = max_bytes.get(self.memory)
         while self._max_bytes is not None and self.rows > 1 and self.rows * self.bytes_per_row > self._max_bytes:
             self.rows //= 2
         self.rates = measured_rates(spec.shape.width, spec.engine.dtype, self.device)
@@ -321,16 +295,16 @@ class Drawer:
     @cached_property
     def scorer(self) -> BatchScorer:
         """The loaded scorer."""
-        return BatchScorer(self.spec, self.device, self.rates)
+        return BatchScorer(self.spec, self.rates)
 
     @property
     def _computations(self) -> tuple[Computation, Computation | None]:
-        scoring = self.scorer.model.model.computation if self._work.scored or self.spec.guided else None
+        scoring = self.scorer.model.model.computation if self._scored else None
         return self.engine.reasoner.computation, scoring
 
     @cached_property
-    def _latents(self) -> str:
-        return latents_digest(self.spec, self._computations)
+    def _directions(self) -> DirectionSums:
+        return directions_of(settings_digest(latents_key(self.spec, *self._computations)))
 
     def describe(self) -> Description:
         """What the driver has to know of this worker; loads its models."""
@@ -351,11 +325,11 @@ class Drawer:
         """
         part = partial(self._part, shard=shard)
         parts = list(compute_in_batches(shard.jobs, part, self.batches, self._halve, self.device))
-        if self._work.code is not None:
+        if not self.spec.executor.in_process:
             parts = [part if part.make_table is None else part.with_table(part.make_table()) for part in parts]
         found = {}
         if shard.sums:
-            found = sums_of((job for job in shard.jobs if job.row_key not in shard.early), self._latents)
+            found = sums_of((job for job in shard.jobs if job.row_key not in shard.early), self._directions)
         sums = {key: (count, sums_TD.cpu()) for key, (count, sums_TD) in found.items()}
         return Computed(parts, sums, {} if self._max_bytes is None else {self.memory: self._max_bytes})
 
@@ -447,10 +421,9 @@ class Drawer:
 
     def catch_up(self, batch: Sequence[RolloutJob]) -> None:
         """Recompute the earlier rollouts that a batch has to be compared with and whose sums are not known."""
-        kept = self._keys(batch)
-        for earlier in self.batches(find_uncompared(batch, self._latents)):
-            latents_RTD = self.roll(earlier, answers=False).latents_RTD
-            directions.add(self._keys(earlier), latents_RTD, first=[job.rollouts[0] for job in earlier], kept=kept)
+        kept = {job.row_key for job in batch}
+        for earlier in self.batches(find_uncompared(batch, self._directions)):
+            self._add(earlier, self.roll(earlier, answers=False).latents_RTD, kept)
 
     def _compare(
         self, batch: list[RolloutJob], latents_RTD: Tensor, early: frozenset[str], compared_RT: Tensor
@@ -461,12 +434,11 @@ class Drawer:
             return
         jobs = [batch[place] for place in places]
         rows_R = torch.arange(len(latents_RTD)).view(len(batch), -1)[places].flatten()
-        compared_RT[rows_R] = directions.add(
-            self._keys(jobs), latents_RTD[rows_R.to(latents_RTD.device)], first=[job.rollouts[0] for job in jobs]
-        )
+        compared_RT[rows_R] = self._add(jobs, latents_RTD[rows_R.to(latents_RTD.device)])
 
-    def _keys(self, batch: Sequence[RolloutJob]) -> list[str]:
-        return [directions_key(self._latents, job.row_key) for job in batch]
+    def _add(self, batch: Sequence[RolloutJob], latents_RTD: Tensor, kept: Collection[str] = ()) -> Tensor:
+        first = [job.rollouts[0] for job in batch]
+        return self._directions.add([job.row_key for job in batch], latents_RTD, first=first, kept=kept)
 
     def _bytes_per_row(self, longest: int) -> int:
         """Upper estimate of a row's bytes; a guided search holds the rows of two steps, in reasoner and scorer."""
@@ -475,7 +447,7 @@ class Drawer:
         own = row_bytes(spec.shape, longest, suffix, number, self.own_prompt)
         if spec.draft is not None:
             own += 4 * longest * spec.shape.width  # its copy of the prompt's states
-        if not self._work.scored and not spec.guided:
+        if not self._scored:
             return own
         scorer = Shape.from_config(spec.given_scorer.sizes)
         scoring = row_bytes(scorer, longest, spec.adapter.latents, number, own_prompt=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -15,41 +15,33 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
-from torch import Tensor
 
 from latent_tts.budget import is_adaptive
-from latent_tts.engine.packing import RolloutJob, batches, max_prompts
+from latent_tts.engine.cost import Shape
+from latent_tts.engine.diversity import DirectionSums
+from latent_tts.engine.packing import RolloutJob
 from latent_tts.errors import LESS_MEMORY, RunError, computing
-from latent_tts.pipeline.batch import BatchScorer, batch_table
 from latent_tts.pipeline.dispatch import ShardQueue, Unit, results_of
 from latent_tts.pipeline.drawer import (
     Computed,
     Description,
-    DrawingWork,
     Part,
     Place,
     Request,
     Shard,
-    directions,
-    directions_key,
+    directions_of,
+    drawing_work,
     find_uncompared,
-    latents_digest,
     max_flops,
     pack,
     rollouts_to_grow,
     sums_of,
 )
-from latent_tts.pipeline.models import (
-    find_device,
-    load_reasoner_of,
-    load_scorer_of,
-    rows_per_batch,
-)
-from latent_tts.pipeline.progress import batch_progress
+from latent_tts.pipeline.keys import latents_key
+from latent_tts.pipeline.models import load_reasoner_of, load_scorer_of
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results import report
 from latent_tts.results.cache import (
-    SCORE_SCHEMA,
     RolloutCache,
     ScoreCache,
     known_to_fit,
@@ -57,6 +49,7 @@ from latent_tts.results.cache import (
     remember_what_fits,
     write_direction_sums,
 )
+from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import PartWriter, runs_of
 from latent_tts.results.run_folder import KeepLatents
 from latent_tts.results.timeline import Span
@@ -165,6 +158,7 @@ def recompute_latents(
     driver = Driver(spec, max(len(job.prompt) for job in jobs), scored=scored)
     driver.log_recomputing(jobs, "scores" if scored else "")
     driver.log_scoring(jobs)
+    to_score = set(unscored.itertuples(index=False, name=None))
     request = Request(answers=False, scored=scored, drawn=False, keeps=keep is not None)
     writer = PartWriter(scores.folder) if scored and scores is not None else None
     with report.progress_bar(len(missing), "rollouts") as bar, writer or nullcontext():
@@ -173,42 +167,9 @@ def recompute_latents(
                 if keep is not None and part.latents_RTD is not None:
                     keep(part.places, part.latents_RTD)
                 if writer is not None and part.make_table is not None:
-                    writer.put(part.make_table)
+                    rows = pa.array([place in to_score for place in part.places])
+                    writer.put(partial(part.make_table().filter, rows))
     return driver.timeline
-
-
-def score_kept(
-    spec: RunSpec,
-    scores: ScoreCache,
-    missing: pd.DataFrame,
-    offsets: Mapping[Place, int],
-    read_latents: Callable[[Sequence[RolloutJob]], tuple[Tensor, Tensor]],
-) -> None:
-    """Score rollouts whose latents are in a file.
-
-    Args:
-        spec: the run.
-        scores: where step scores go.
-        missing: which ones to score (columns `row_key`, `rollout`).
-        offsets: see `recompute_latents`.
-        read_latents: makes the latents (R, T, D) of a batch, zeros where a row has none, and their numbers (R).
-
-    Raises:
-        RunError: a failure while scoring; what was scored stays in the cache.
-        OSError: the cache cannot be written to.
-    """
-    jobs, device = split_by_offset(jobs_of(spec, missing), offsets), find_device(spec.engine)
-    scorer = BatchScorer(spec, device)
-    rows = rows_per_batch(spec.engine, scorer.shape, scorer.bytes_per_row(jobs), device, own_prompt=False)
-    scorer.log_work(jobs)
-    with report.progress_bar(len(missing), "scores") as bar, PartWriter(scores.folder) as writer:
-        with computing("scoring rollouts", f"what was scored is in {scores.folder}", LESS_MEMORY):
-            for batch in batches(jobs, rows, max_prompts(scorer.shape.width, torch.device(device).type)):
-                latents_RTD, steps_R = read_latents(batch)
-                most = sum(map(scorer.max_flops, batch))
-                with batch_progress(bar, scorer.model.backbone, scorer.shape, batch, most):
-                    columns = scorer.score(batch, latents_RTD, steps_R)
-                writer.put(partial(batch_table, SCORE_SCHEMA, batch, columns))
 
 
 def jobs_of(spec: RunSpec, missing: pd.DataFrame, *, compared: bool = False) -> list[RolloutJob]:
@@ -270,21 +231,21 @@ class Driver:
             RunError: they compute the model in different ways.
         """
         self.spec, self._scored, self.timeline = spec, scored, list[Span]()
-        work = DrawingWork.of(spec, longest, scored=scored, max_bytes=known_to_fit(spec.cache))
+        work = drawing_work(spec, longest, scored=scored, max_bytes=known_to_fit(spec.cache))
         self._pool = spec.executor.open(work, spec.engine.device)
         self.workers: list[Description] = self._pool.describe()
         ways = {tuple(one and tuple(one.way.values()) for one in each.computations) for each in self.workers}
         if len(ways) > 1:
             names = ", ".join(each.name for each in self.workers)
             raise RunError(f"the workers {names} compute the models in different ways, so their rollouts differ")
-        self._latents = latents_digest(spec, self.workers[0].computations)
+        self._directions = directions_of(settings_digest(latents_key(spec, *self.workers[0].computations)))
         self._rows = min(each.rows for each in self.workers)  # of a batch that every worker takes
 
     def parts(self, jobs: Sequence[RolloutJob], request: Request, bar: report.ProgressBar) -> Iterator[Part]:
         """Have jobs computed; their parts as they come."""
         spec, here = self.spec, self.spec.executor.in_process
         in_rounds = is_adaptive(spec.budget)
-        early_parts = EarlyParts(jobs, self._latents)
+        early_parts = EarlyParts(jobs, self._directions)
 
         def make_shard(contents: list[list[RolloutJob]]) -> Shard:
             own = list(chain(*contents))
@@ -339,20 +300,25 @@ class Driver:
     def log_scoring(self, jobs: Sequence[RolloutJob]) -> None:
         """Log how much there is to score."""
         if self._scored:
-            first = self.workers[0]
-            BatchScorer(self.spec, first.device, first.rates).log_work(jobs)
+            scorer, latents = self.spec.given_scorer, self.spec.adapter.latents
+            shape, count = Shape.from_config(scorer.sizes), sum(len(job.rollouts) for job in jobs)
+            work = sum(
+                shape.pass_flops(len(job.prompt)) + len(job.rollouts) * shape.scoring_flops(len(job.prompt), latents)
+                for job in jobs
+            )
+            log.info("%d rollouts to score with %s: at most %.3g GFLOP", count, scorer.name, work / 1e9)
 
     def read_direction_sums(self, jobs: Sequence[RolloutJob], folder: Path) -> None:
         """Take in what the cache keeps of the rollouts before some jobs; log how many latents are computed again."""
-        unknown = {job.row_key: job.rollouts[-1] + 1 for job in find_uncompared(jobs, self._latents)}
+        unknown = {job.row_key: job.rollouts[-1] + 1 for job in find_uncompared(jobs, self._directions)}
         for key, sums_TD in read_direction_sums(folder, unknown).items() if unknown else ():
-            directions.put(directions_key(self._latents, key), unknown[key], torch.from_numpy(sums_TD))
-        if before := find_uncompared(jobs, self._latents):
+            self._directions.put(key, unknown[key], torch.from_numpy(sums_TD))
+        if before := find_uncompared(jobs, self._directions):
             self.log_recomputing(before, "diversity")
 
     def write_direction_sums(self, jobs: Sequence[RolloutJob], folder: Path) -> None:
         """Keep in the cache what is known of the rollouts of the jobs' questions."""
-        found = sums_of(jobs, self._latents)
+        found = sums_of(jobs, self._directions)
         if found:
             sums = {key: (count, sums_TD.cpu().numpy()) for key, (count, sums_TD) in found.items()}
             write_direction_sums(folder, sums)
@@ -365,22 +331,21 @@ class EarlyParts:
     there. They are compared on the CPU.
     """
 
-    def __init__(self, jobs: Iterable[RolloutJob], latents: str) -> None:
+    def __init__(self, jobs: Iterable[RolloutJob], directions: DirectionSums) -> None:
         """Begin without parts.
 
         Args:
             jobs: one per question: the rollouts to be drawn.
-            latents: the digest of the run's latents, see `directions_key`.
+            directions: see `directions_of`.
         """
-        self._latents, self._whole = latents, {job.row_key: job.rollouts for job in jobs}
-        counted = {key: directions.counted(self._name(key)) for key in self._whole}
-        self._known = {key for key, rollouts in self._whole.items() if 0 < counted[key] == rollouts[0]}
-        self._kept = set(map(self._name, self._known))  # names of sums that are not dropped
+        self._directions, self._whole = directions, {job.row_key: job.rollouts for job in jobs}
+        self._known = {key for key, rollouts in self._whole.items() if 0 < directions.counted(key) == rollouts[0]}
+        self._kept = set(self._known)  # sums that are not dropped
         self._waiting: list[Part] = []
 
     def begin(self, jobs: Sequence[RolloutJob]) -> tuple[frozenset[str], bool]:
         """The row keys of a shard's jobs that are early, and whether later rollouts of any are in other shards."""
-        goes_on = {self._name(job.row_key) for job in jobs if job.rollouts[-1] < self._whole[job.row_key][-1]}
+        goes_on = {job.row_key for job in jobs if job.rollouts[-1] < self._whole[job.row_key][-1]}
         self._kept |= goes_on
         keys = (
             job.row_key for job in jobs if job.row_key in self._known or job.rollouts[0] > self._whole[job.row_key][0]
@@ -390,17 +355,14 @@ class EarlyParts:
     def compared(self, done: Computed) -> Iterator[Part]:
         """The parts that are now compared with all earlier rollouts: some of these, and some that waited."""
         for key, (count, sums_TD) in done.sums.items():
-            directions.put(self._name(key), count, sums_TD, kept=self._kept)
+            self._directions.put(key, count, sums_TD, kept=self._kept)
         self._waiting += done.parts
         while (index := next((i for i, each in enumerate(self._waiting) if self._is_next(each)), None)) is not None:
             yield self._compare(self._waiting.pop(index))
 
-    def _name(self, key: str) -> str:
-        return directions_key(self._latents, key)
-
     def _is_next(self, part: Part) -> bool:
         """Whether the sums of each of its early questions hold the rollouts before."""
-        return all(directions.counted(self._name(key)) == _rows_in(part, key)[1] for key in part.early)
+        return all(self._directions.counted(key) == _rows_in(part, key)[1] for key in part.early)
 
     def _compare(self, part: Part) -> Part:
         if not part.early:
@@ -410,7 +372,7 @@ class EarlyParts:
         compared = part.make_table()["dissimilarity"].to_pylist()
         for key in part.early:
             rows, first = _rows_in(part, key)
-            summed_NT = directions.add([self._name(key)], part.latents_RTD[rows], first=[first], kept=self._kept)
+            summed_NT = self._directions.add([key], part.latents_RTD[rows], first=[first], kept=self._kept)
             for row, summed_T in zip(rows, summed_NT.tolist(), strict=True):
                 compared[row] = summed_T[: len(compared[row])]
         return _with_dissimilarity(part, compared)

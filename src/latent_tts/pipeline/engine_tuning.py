@@ -24,7 +24,7 @@ from latent_tts.search.independent import Independent
 log = logging.getLogger(__name__)
 MIN_ROWS = 64
 MAX_REPEATS = 3
-WORSE, MAX_WORSE = 0.97, 2  # rates below this share of the best count as worse; so many in a row end a dtype
+WORSE = 0.9  # a rate below this share of the best ends a dtype
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,6 @@ def measure(
             engine = open_engine(reasoner, rollout_plan(adapter, max_answer_tokens, adapter.own_schedule), chosen)
             bytes_per_row = row_bytes(shape, longest, suffix, chosen.bytes_per_number, own_prompt)
             deadline, best, same = time.perf_counter() + seconds / len(settings), 0.0, 1.0
-            worse = 0
             most = max(MIN_ROWS, rows_that_fit(len(jobs) * n, bytes_per_row, device))
             for rows in (MIN_ROWS << doubled for doubled in range((most // MIN_ROWS).bit_length())):
                 try:
@@ -97,14 +96,15 @@ def measure(
                 if chosen is settings[0]:
                     expected[rows] = rollouts.answer_ids
                 if rows in expected:
-                    pairs = list(zip(rollouts.answer_ids, expected[rows], strict=True))
-                    same = sum(ids == other for ids, other in pairs) / len(pairs)
+                    same = statistics.fmean(
+                        ids == other for ids, other in zip(rollouts.answer_ids, expected[rows], strict=True)
+                    )
                 measurements.append(Measurement(chosen.dtype, rows, rate, same))
                 log.info("%s, %d rows: %.0f rollouts/s", chosen.dtype, rows, rate)
-                worse, best = worse + 1 if rate < WORSE * best else 0, max(best, rate)
                 # twice the rows, with a warm-up
-                if worse == MAX_WORSE or time.perf_counter() + 4 * taken > deadline:
+                if rate < WORSE * best or time.perf_counter() + 4 * taken > deadline:
                     break
+                best = max(best, rate)
     return measurements
 
 

@@ -11,17 +11,21 @@ from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 
-ALWAYS_USED = ("latent-tts", "torch", "transformers", "tokenizers", "numpy", "pandas", "hydra-core")
-
 
 @cache
 def versions(*, quantized: bool) -> Mapping[str, str]:
     """Versions of what a result depends on, and the commit where there is one, as they were at the first call."""
     optional = {"math-verify": find_spec("math_verify") is not None, "torchao": quantized}
-    names = [*ALWAYS_USED, *(name for name, is_used in optional.items() if is_used)]
-    # a checkout can run without being installed
-    known = {name: next((each.version for each in distributions(name=name)), "not installed") for name in names}
-    return {"python": platform.python_version(), **known, **commit()}
+    names = [
+        "latent-tts", "torch", "transformers", "tokenizers", "numpy", "pandas", "hydra-core",
+        *(name for name, is_used in optional.items() if is_used),
+    ]  # fmt: skip
+    return {
+        "python": platform.python_version(),
+        # a checkout can run without being installed
+        **{name: next((each.version for each in distributions(name=name)), "not installed") for name in names},
+        **commit(),
+    }
 
 
 def machine() -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,13 @@ def rollout_key(spec: RunSpec, computation: Computation, scoring: Computation | 
     Raises:
         UsageError: a field of the model has a value that cannot be told from another.
     """
-    options = (spec.adapter, spec.sampler, spec.schedule, spec.search)
     key = {
         "format": FORMAT,
         **model_key(spec.adapter),
         "computation": computation.way,
-        "code": code_digests(options, [spec.config.get(name) for name in DRAWING], DRAWING),
+        "code": code_digests(
+            (spec.adapter, spec.sampler, spec.schedule, spec.search), map(spec.config.get, DRAWING), DRAWING
+        ),
         "sampler": spec.config["sampler"],
         "seed": spec.seed,
         "schedule": spec.schedule.key,
@@ -58,8 +59,8 @@ def rollout_key(spec: RunSpec, computation: Computation, scoring: Computation | 
 
 def is_current(key: Mapping[str, Any]) -> bool:
     """Whether this version of the code reads cache entries of a key; code of other packages is not asked for."""
-    own = (key.get("code") or {}).get(PACKAGE)
-    return key.get("format") == FORMAT and own == code_digests([], [], DRAWING)[PACKAGE]
+    own = code_digests([], [], DRAWING)[PACKAGE]
+    return key.get("format") == FORMAT and (key.get("code") or {}).get(PACKAGE) == own
 
 
 def latents_key(spec: RunSpec, computation: Computation, scoring: Computation | None) -> dict[str, Any]:
@@ -115,14 +116,11 @@ def own_fields(group: str, option: Any) -> dict[str, Any]:
     Raises:
         UsageError: a value cannot be told from another.
     """
-    kind = type(option)
-    names = {field.name for field in fields(kind)} if is_dataclass(kind) else set()
-    names |= set(getattr(option, "__dict__", ()))
-    names -= FIELDS_NOT_IN_KEY[group] | computed_attributes(kind)
+    ignored = FIELDS_NOT_IN_KEY[group] | computed_attributes(type(option))
     return {
         name: _plain(f"{group}.{name}", getattr(option, name))
-        for name in sorted(names)
-        if not isinstance(getattr(option, name), Path)
+        for name in sorted({field.name for field in fields(option)} | vars(option).keys())
+        if name not in ignored and not isinstance(getattr(option, name), Path)
     }
 
 

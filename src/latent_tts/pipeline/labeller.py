@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from latent_tts.engine.cost import Shape
 from latent_tts.engine.device import compute_in_batches, warn_of_halving
 from latent_tts.engine.labelling import LabelJob, Labelling, completions_of, label_batch
 from latent_tts.engine.packing import row_bytes
 from latent_tts.engine.rollout import Engine
+from latent_tts.executor import Work
 from latent_tts.pipeline.annotation_spec import AnnotationSpec, QuestionToLabel
 from latent_tts.pipeline.code import DRAWING
 from latent_tts.pipeline.dispatch import Unit
 from latent_tts.pipeline.models import find_device, load_reasoner, refuse_graphs, rollout_plan, rows_per_batch
 from latent_tts.pipeline.spec import reserved_positions
-from latent_tts.pipeline.worker_checks import check_code, check_weights, code_of_driver
+from latent_tts.pipeline.worker_checks import work_of
 from latent_tts.types import Computation, LabelledQuestion, UnmixedQuestion
 
 
@@ -34,37 +36,11 @@ class LabellerDescription:
     completions: int
 
 
-@dataclass(frozen=True)
-class LabellingWork:
-    """An annotation, as workers receive it.
-
-    Attributes:
-        spec: the annotation.
-        longest: tokens of the longest prompt.
-        code: see `worker_checks.code_of_driver`.
-    """
-
-    spec: AnnotationSpec
-    longest: int
-    code: Mapping[str, str] | None
-
-    @classmethod
-    def of(cls, spec: AnnotationSpec, longest: int) -> LabellingWork:
-        """Work of an annotation's own executor."""
-        options = (spec.adapter, spec.sampler, spec.schedule, spec.task, spec.task.rule)
-        configs = [spec.config.get(name) for name in (*DRAWING, "task")]
-        return cls(spec, longest, code_of_driver(spec.executor, options, configs))
-
-    def start(self) -> Labeller:
-        """A worker in this process.
-
-        Raises:
-            RunError: this process has other code or another checkpoint than the driver.
-        """
-        if self.code is not None:
-            check_code(self.code)
-            check_weights(self.spec.adapter)
-        return Labeller(self.spec, self.longest)
+def labelling_work(spec: AnnotationSpec, longest: int) -> Work:
+    """The work of an annotation's executor; see `Labeller`."""
+    options = (spec.adapter, spec.sampler, spec.schedule, spec.task, spec.task.rule)
+    configs = [spec.config.get(name) for name in (*DRAWING, "task")]
+    return work_of(spec.executor, partial(Labeller, spec, longest), options, configs, [spec.adapter])
 
 
 def units_of(jobs: Sequence[QuestionToLabel], spec: AnnotationSpec, rows: int) -> list[Unit[list[QuestionToLabel]]]:
@@ -108,7 +84,7 @@ class Labeller:
         adapter, rule = self._spec.adapter, self._spec.task.rule
 
         def is_right(job: QuestionToLabel, ids: list[int]) -> bool:
-            prediction = rule.read(adapter.answer_text(ids), adapter)
+            prediction = adapter.read_answer(adapter.answer_text(ids), rule)
             return prediction is not None and rule.is_right(prediction, job.question.gold)
 
         jobs = [

@@ -19,9 +19,9 @@ from latent_tts.engine.graphs import GraphEngine
 from latent_tts.engine.packing import default_rows, rows_that_fit
 from latent_tts.engine.proof import prove_reasoner, prove_reward_model
 from latent_tts.engine.recording import ROLLOUTS_SHARE, SCORES_SHARE, Recordings
-from latent_tts.engine.rollout import Engine, RolloutPlan
+from latent_tts.engine.rollout import SEQUENTIAL, Engine, RolloutPlan
 from latent_tts.engine.scoring import LatentScorer
-from latent_tts.errors import RunError, UsageError, bad_value, require
+from latent_tts.errors import RunError, UsageError, require
 from latent_tts.pipeline.code import PACKAGE
 from latent_tts.pipeline.keys import own_fields
 from latent_tts.pipeline.spec import EngineSettings, RunSpec, exit_ids
@@ -62,9 +62,8 @@ def load_reasoner(
             quantization.quantize(reasoner.lm, engine.quantize)
         return reasoner
 
-    where = ("model.checkpoint", adapter.checkpoint)
     longest = adapter.positions if longest is None else longest
-    return _keep_proven("model", adapter.name, where, key, load, prove_reasoner, longest)
+    return _keep_proven("model", f"model.checkpoint={adapter.checkpoint}", key, load, prove_reasoner, longest)
 
 
 def load_reasoner_of(spec: RunSpec) -> Reasoner:
@@ -82,8 +81,14 @@ def load_scorer_of(spec: RunSpec) -> RewardModel:
     shares = scorer.base_digest == spec.adapter.digest and spec.engine.quantize is None
     base = load_reasoner_of(spec) if shares else None
     key = (_kind("scorer", scorer), scorer.digest, device, dtype, None if base is None else str(id(base.lm)))
-    load = partial(scorer.load, device=device, dtype=dtype, base=base)
-    return _keep_proven("scorer", scorer.name, ("scorer", scorer.name), key, load, prove_reward_model, longest)
+    return _keep_proven(
+        "scorer",
+        f"scorer={scorer.name}",
+        key,
+        partial(scorer.load, device=device, dtype=dtype, base=base),
+        prove_reward_model,
+        longest,
+    )
 
 
 def _kind(group: str, option: CheckpointAdapter | LatentRM) -> str:
@@ -95,8 +100,7 @@ def _kind(group: str, option: CheckpointAdapter | LatentRM) -> str:
 
 def _keep_proven(
     kind: str,
-    name: str,
-    where: tuple[str, str],
+    where: str,
     key: tuple[str | None, ...],
     load: Callable[[], Any],
     prove: Callable[[Any, int], Computation],
@@ -107,12 +111,10 @@ def _keep_proven(
     def computation() -> Computation:
         try:
             found = prove(model, longest)
-        except UsageError as error:
-            raise bad_value(*where, str(error)) from error
-        except RunError as error:
-            raise RunError(f"{where[0]}={where[1]}: {error}") from error
+        except (UsageError, RunError) as error:
+            raise type(error)(f"{where}: {error}") from error
         if found.reason:
-            log.warning("%s: computed with %s%s: %s", name, WORDS[found.attention], WORDS[found.logits], found.reason)
+            log.warning("%s: computed with %s%s: %s", where, WORDS[found.attention], WORDS[found.logits], found.reason)
         return found
 
     return replace(model, computation=_keep(f"{kind}'s proof", (*key, str(longest)), computation))
@@ -190,12 +192,10 @@ def rollout_plan(
     adapter: CheckpointAdapter, max_answer_tokens: int, schedule: Schedule | None = None, forced_ids: Sequence[int] = ()
 ) -> RolloutPlan:
     """What a rollout of the adapter's model consists of; without a schedule one latent is made after another."""
-    plan = RolloutPlan(
+    schedule = schedule or SEQUENTIAL
+    return RolloutPlan(
         adapter.latents, adapter.thinking_end_ids, adapter.eos_id, max_answer_tokens, adapter.stop_id,
+        latent_id=adapter.latent_id if schedule.guess == "token" else None, schedule=schedule,
         forced_ids=list(forced_ids), other_eos_ids=adapter.eos_ids[1:],
+        exit=schedule.exit, exit_ids=exit_ids(adapter, schedule),
     )  # fmt: skip
-    if schedule is not None and schedule.exit is not None:
-        return replace(plan, exit=schedule.exit, exit_ids=exit_ids(adapter, schedule))
-    if schedule is None or schedule.stepwise:
-        return plan
-    return replace(plan, schedule=schedule, latent_id=adapter.latent_id if schedule.guess == "token" else None)

@@ -67,19 +67,24 @@ class Probe:
 
     def explained(self, schedule: Speculative) -> float:
         """R squared of sweeps on growth over questions; NaN where one of them is the same for all."""
-        both = self.questions[["growth", f"sweeps_{label(schedule)}"]]
-        return float(both.corr(min_periods=3).to_numpy()[0, 1] ** 2)
+        figures = ["growth", f"sweeps_{label(schedule)}"]
+        return float(self.questions[figures].corr(min_periods=3).to_numpy()[0, 1] ** 2)
 
     def pays(self, schedule: Speculative) -> bool:
         """Whether it commits enough latents per sweep and changes few answers."""
-        equal = float(self.column("equal", schedule).mean())
-        return self.commits_per_sweep(schedule) > MIN_COMMITS_PER_SWEEP and equal >= MIN_EQUAL
+        return (
+            self.commits_per_sweep(schedule) > MIN_COMMITS_PER_SWEEP
+            and float(self.column("equal", schedule).mean()) >= MIN_EQUAL
+        )
 
     @property
     def best(self) -> Speculative | None:
         """Of the schedules that pay, the one with the fewest sweeps; None: sequential."""
-        paying = filter(self.pays, self.schedules)
-        return min(paying, key=lambda each: (self.column("sweeps", each).mean(), each.tolerance), default=None)
+        return min(
+            filter(self.pays, self.schedules),
+            key=lambda each: (self.column("sweeps", each).mean(), each.tolerance),
+            default=None,
+        )
 
     @property
     def recommended(self) -> Speculative | None:
@@ -93,8 +98,7 @@ class Probe:
 
 def label(schedule: Speculative) -> str:
     """What the columns of a schedule are called: GUESS_TOLERANCE, or GUESS_TOLERANCE_CHUNK."""
-    chunk = [] if schedule.chunk is None else [str(schedule.chunk)]
-    return "_".join([schedule.guess, f"{schedule.tolerance:g}", *chunk])
+    return f"{schedule.guess}_{schedule.tolerance:g}" + ("" if schedule.chunk is None else f"_{schedule.chunk}")
 
 
 def probe(
@@ -176,18 +180,20 @@ def time_ratios(sequential: Engine, parallel: Engine, prompts: Mapping[str, list
     """See `Probe.ratios`. The engines take turns, question by question, so that a busy machine slows both."""
     ratios: dict[int, float] = {}
     for rows in TIMED_ROWS:
-        pairs = []
-        for name, prompt in list(prompts.items())[: 1 + TIMED_QUESTIONS]:
-            seconds = []
-            for engine in (sequential, parallel):
-                begun = synchronized_seconds(engine.device)
-                _roll(engine, {name: prompt}, rows)
-                seconds.append(synchronized_seconds(engine.device) - begun)
-            pairs.append(seconds[1] / seconds[0])
-        ratios[rows] = float(np.median(pairs[1:] or pairs))  # the first question warms up
+        found = [
+            _seconds(parallel, {name: prompt}, rows) / _seconds(sequential, {name: prompt}, rows)
+            for name, prompt in list(prompts.items())[: 1 + TIMED_QUESTIONS]
+        ]
+        ratios[rows] = float(np.median(found[1:] or found))  # the first question warms up
         if ratios[rows] >= 1:
             break
     return ratios
+
+
+def _seconds(engine: Engine, prompts: Mapping[str, list[int]], rollouts: int) -> float:
+    begun = synchronized_seconds(engine.device)
+    _roll(engine, prompts, rollouts)
+    return synchronized_seconds(engine.device) - begun
 
 
 def _roll(engine: Engine, prompts: Mapping[str, list[int]], rollouts: int = 1) -> Rollouts:

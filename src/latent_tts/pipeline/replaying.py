@@ -23,32 +23,23 @@ from latent_tts.results.run_folder import read_budget, read_rollouts, write_run_
 from latent_tts.types import Floats
 
 
-def read_record(source: Path) -> dict[str, Any]:
-    """The `run.json` of a run folder.
+def check_spec(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> None:
+    """Check that the budget can be applied to a run.
 
     Raises:
-        UsageError: there is none, it is damaged, or its questions have unequally many rollouts.
+        UsageError: it does not look at rollouts, the questions of the run have unequally many, or the checkpoint has
+            changed since.
     """
-    record = rescoring.read_record(source)
     require(
         "run",
         source,
         read_budget(source) is None,
         "must be a run with all n rollouts of each question; its budget stopped earlier",
     )
-    return record
-
-
-def check_spec(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> None:
-    """Check that the budget can be applied to a run.
-
-    Raises:
-        UsageError: it does not look at rollouts, or the checkpoint has changed since the run.
-    """
     require(
         "budget",
         spec.budget.name,
-        spec.budget.adaptive,
+        is_adaptive(spec.budget),
         "must be adaptive or shared: those look at rollouts; the run's own table has the figures of the others",
     )
     rescoring.require_same_weights(spec, source, record)
@@ -92,10 +83,8 @@ def replay(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> RunTables:
         )
     )
     drawn = rollouts[rollouts["rollout"] < np.repeat(outcome.counts, spec.n)].reset_index(drop=True)
-    drawn = drawn.assign(**dict.fromkeys(MEASURED, np.nan))
     spec = replace(spec, counts=outcome.counts)
-    drawn["question_index"] = np.arange(len(spec.questions), dtype="int32").repeat(spec.table_counts)
-    drawn["seconds"] = recorded_seconds(spec)
+    drawn = drawn.assign(**dict.fromkeys(MEASURED, np.nan) | {"seconds": recorded_seconds(spec)})
     return make_outcome_tables(spec, drawn, outcome, record["settings"])
 
 
@@ -113,11 +102,14 @@ def write_folder(
     folder: Path, spec: RunSpec, tables: RunTables, record: Mapping[str, Any], source: Path, seconds: float
 ) -> None:
     """Write the folder of a replay; what is not of the budget is as in the run's own `run.json`."""
-    own = {
-        "config": spec.config,
-        "replayed": str(source),
-        "rollouts": {"total": len(tables.rollouts), "drawn_now": 0},
-        "seconds": {"this_command": seconds},
-        **write_tables(folder, tables),
-    }
-    write_run_json(folder, {key: record[key] for key in record if key not in ("files", "format")} | own)
+    write_run_json(
+        folder,
+        {
+            **{key: value for key, value in record.items() if key not in ("files", "format")},
+            "config": spec.config,
+            "replayed": str(source),
+            "rollouts": {"total": len(tables.rollouts), "drawn_now": 0},
+            "seconds": {"this_command": seconds},
+            **write_tables(folder, tables),
+        },
+    )

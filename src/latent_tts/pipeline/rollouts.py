@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -19,10 +20,8 @@ from latent_tts.pipeline.rounds import AnswerReader, Outcome, Tallying
 from latent_tts.pipeline.scores import (
     CachedScores,
     Scores,
-    cached_scores,
     reduce_scores,
     score_positions,
-    settle_scores,
 )
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results import report
@@ -180,12 +179,12 @@ def gather_rollouts(
         from latent_tts.pipeline.drawing import find_computations
 
         ways = find_computations(spec, scored=spec.guided)
-        cache = RolloutCache(spec.cache, key_of(spec, *ways), entry_label(spec))
+        cache = RolloutCache(spec.cache, key_of(spec, *ways), {"name": spec.adapter.name})
     cached = found.get(cache.folder) or CachedRollouts.read(spec, cache, wanted, scored=scored)
     cached.log_found()
-    if latents is None:
-        return cached.complete_with(spec, None, answers=answers, dissimilarity=dissimilarity)
-    with latents_file(latents, wanted, (spec.adapter.latents, spec.shape.width), spec.engine.dtype) as keep:
+    shape = spec.adapter.latents, spec.shape.width
+    keeping = nullcontext() if latents is None else latents_file(latents, wanted, shape, spec.engine.dtype)
+    with keeping as keep:
         return cached.complete_with(spec, keep, answers=answers, dissimilarity=dissimilarity)
 
 
@@ -206,7 +205,8 @@ class CachedRollouts:
     @classmethod
     def read(cls, spec: RunSpec, cache: RolloutCache, wanted: pd.DataFrame, *, scored: bool) -> CachedRollouts:
         """Read what the cache entry has."""
-        scores = cached_scores(spec, cache.folder, wanted) if scored and spec.scorer is not None else []
+        ways = SCORING_COMPUTATIONS if scored and spec.scorer is not None else []
+        scores = [CachedScores(spec, cache.folder, wanted, way) for way in ways]
         self = cls(cache, GatheredRows(wanted, ROLLOUT_FIELDS), scores)
         self._read()
         return self
@@ -231,18 +231,16 @@ class CachedRollouts:
                 "%d of %d rollouts are in the cache %s%s", there, len(self.rows.wanted), self.cache.folder, of_scores
             )
 
-    def _settled_scores(self, spec: RunSpec) -> CachedScores | None:
-        """The scores of the run; those of other ways to compute the scorer are dropped."""
-        if not self.scores:
-            return None
-
-        def computation() -> Computation | None:
+    def _settle_scores(self, spec: RunSpec) -> CachedScores | None:
+        """Keep the scores that are complete, however they were computed, or those of the way that serves now."""
+        found = [each for each in self.scores if each.rows.missing().empty]
+        if self.scores and not found:
             from latent_tts.pipeline.drawing import find_computations
 
-            return find_computations(spec, scored=True)[1]
-
-        self.scores = [settle_scores(self.scores, computation)]
-        return self.scores[0]
+            _, way = find_computations(spec, scored=True)
+            found = [each for each in self.scores if way is not None and each.computation.attention == way.attention]
+        self.scores = found[:1]
+        return found[0] if found else None
 
     def complete_with(
         self,
@@ -258,7 +256,7 @@ class CachedRollouts:
             self.cache.require_writable(f"{len(missing)} rollouts are missing from it")
         elif self.scores and not any(scores.rows.missing().empty for scores in self.scores):
             self.cache.require_writable("scores of its rollouts are missing from it")
-        scores, unscored = self._settled_scores(spec), 0
+        scores, unscored = self._settle_scores(spec), 0
         timeline: list[Span] = []
         if scores is not None:
             unscored = len(scores.rows.missing())
@@ -330,9 +328,4 @@ def entries(spec: RunSpec, key_of: KeyOf = rollout_key) -> Iterator[RolloutCache
     for ways in product(COMPUTATIONS, SCORING_COMPUTATIONS if spec.guided else [None]):
         key = key_of(spec, *ways)
         if (spec.cache / settings_digest(key)).is_dir():
-            yield RolloutCache(spec.cache, key, entry_label(spec))
-
-
-def entry_label(spec: RunSpec) -> dict[str, Any]:
-    """What `ltts cache` says of a cache folder, without being part of its key."""
-    return {"name": spec.adapter.name}
+            yield RolloutCache(spec.cache, key, {"name": spec.adapter.name})

@@ -82,8 +82,16 @@ def complete_run(
         verification = verify(replace(spec, on_answers=None), rollouts, folder) if compared else None
         if not keep_latents:
             (folder / LATENTS).unlink(missing_ok=True)
-        record = {"cache": str(rollouts.cache.folder.resolve())} if keep_cache else {}
-        write_run_folder(folder, spec, rollouts, tables, settings, started, verification=verification, **record)
+        write_run_folder(
+            folder,
+            spec,
+            rollouts,
+            tables,
+            settings,
+            started,
+            verification=verification,
+            **({"cache": str(rollouts.cache.folder.resolve())} if keep_cache else {}),
+        )
     return RunResult(rollouts, tables, verification)
 
 
@@ -143,21 +151,20 @@ def write_run_folder(
     if drawn.timeline and not spec.executor.in_process:
         write_timeline(folder, drawn.timeline, "rollouts")
         record |= {"executor": {"name": spec.executor.name, **describe_timeline(drawn.timeline)}}
-    config = spec.config
-    scored_by = {} if spec.scorer is None else {"name": spec.scorer.name, "digest": spec.scorer.digest}
-    if drawn.scores is not None:
-        scored_by["attention"] = drawn.scores.attention
+    scorer, scores, options = spec.scorer, drawn.scores, spec.config["aggregator"]
     write_run_json(
         folder,
         {
-            "config": config,
+            "config": spec.config,
             "settings": dict(settings) | spec.planned,
             "aggregators": {
-                aggregator.name: {"_target_": config["aggregator"][aggregator.name]["_target_"], **vars(aggregator)}
+                aggregator.name: {"_target_": options[aggregator.name]["_target_"], **vars(aggregator)}
                 for aggregator in spec.aggregators
             },
             "checkpoint_digest": spec.adapter.identity,
-            "scorer": scored_by or None,
+            "scorer": None
+            if scorer is None or scores is None
+            else {"name": scorer.name, "digest": scorer.digest, "attention": scores.attention},
             "schedule": calibration.schedule_key(spec.schedule),
             "versions": environment.versions(quantized=spec.engine.quantize is not None),
             "machine": environment.machine(),
@@ -197,15 +204,14 @@ def describe_rollouts(drawn: RunRollouts, this_command: float) -> dict[str, Any]
 
     Returns:
         How they were computed (which attention, whose logits, and why not the usual ones), where and in batches of
-        which sizes (nothing where they come out of a run folder), how many there are, and the seconds that drawing,
-        scoring and decoding took, whichever run that was.
+        which sizes, how many there are, and the seconds that drawing, scoring and decoding took, whichever run that
+        was.
     """
     rows, scores, winners = drawn.rows, drawn.scores, drawn.winners
     computation, said = drawn.cache.read_computation(), dict[str, Any]()
     if computation is not None:
         said |= computation.way | ({"computation_reason": computation.reason} if computation.reason else {})
-    if "device" in rows:
-        said |= {"devices": sorted(set(rows["device"])), "rows": sorted({int(value) for value in rows["rows"]})}
+    said |= {"devices": sorted(set(rows["device"])), "rows": sorted({int(value) for value in rows["rows"]})}
     counts = {"total": len(rows), "drawn_now": drawn.drawn_now}
     seconds = {} if scores is None else {"scoring": scores.seconds}
     seconds["drawing" if winners is None else "thinking"] = float(rows["seconds"].sum()) - sum(seconds.values())

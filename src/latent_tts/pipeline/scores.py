@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from latent_tts.results.cache import MEASURED_SUMS, SCORE_FIELDS, SCORES_FOLDER,
 from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import GatheredRows
 from latent_tts.scorer.latent_rm import LatentRM
-from latent_tts.types import SCORING_COMPUTATIONS, Computation, Float32, Floats
+from latent_tts.types import Computation, Float32, Floats
 
 ROWS_AT_ONCE = 1 << 14
 
@@ -77,25 +77,6 @@ class CachedScores:
         """Gather what is missing from that cache, if it exists."""
         if (self._rollouts / SCORES_FOLDER / self.digest).is_dir():
             self.open().gather(self.rows)
-
-
-def cached_scores(spec: RunSpec, rollouts: Path, wanted: pd.DataFrame) -> list[CachedScores]:
-    """One for each way to compute the run's scorer; see `CachedScores` for the arguments."""
-    return [CachedScores(spec, rollouts, wanted, computation) for computation in SCORING_COMPUTATIONS]
-
-
-def settle_scores(candidates: Sequence[CachedScores], computation: Callable[[], Computation | None]) -> CachedScores:
-    """The scores that are complete, whichever way they were computed; else those of the way that serves now.
-
-    Args:
-        candidates: see `cached_scores`.
-        computation: loads the scorer and says how it is computed.
-    """
-    found = next((each for each in candidates if each.rows.missing().empty), None)
-    if found is not None:
-        return found
-    way = computation()
-    return next(each for each in candidates if way is not None and each.computation.attention == way.attention)
 
 
 def reduce_scores(

@@ -24,7 +24,7 @@ from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.checkpoint.draft import DraftFile, find_draft
 from latent_tts.engine.cost import RolloutCost, Shape
 from latent_tts.engine.decoding import AnswerSampling
-from latent_tts.errors import UsageError, bad_value, check_device, check_fields, check_seed, is_whole, require
+from latent_tts.errors import DEVICE, SEED, UsageError, bad_value, check_fields, is_whole, require
 from latent_tts.executor import Executor
 from latent_tts.executor.local import Local
 from latent_tts.pipeline import calibration
@@ -73,8 +73,8 @@ class EngineSettings:
             dtype=BYTES_PER_NUMBER,
             rows="a positive integer, or null to let the model decide",
             graph=("auto", "on", "off"),
+            device=DEVICE,
         )
-        check_device("engine.device", self.device)
         if self.quantize is None:
             return
         require("engine.quantize", self.quantize, self.quantize in QUANTIZED_FROM, "must be null, int8 or float8")
@@ -279,8 +279,7 @@ class RunSpec(RunRequest):
         keys = [self.row_key(question) for question in self.questions]
         first_Q = np.zeros(len(keys), dtype=np.int64) if after is None else np.array(after)
         size_Q = np.array(self.table_counts) - first_Q
-        start_Q = np.concatenate([[0], size_Q.cumsum()[:-1]])
-        numbers = np.arange(size_Q.sum()) + (first_Q - start_Q).repeat(size_Q)
+        numbers = np.arange(size_Q.sum()) + (first_Q + size_Q - size_Q.cumsum()).repeat(size_Q)
         codes = np.arange(len(keys)).repeat(size_Q)  # one str object per row would cost too much memory
         row_keys = pd.Categorical.from_codes(codes, dtype=pd.CategoricalDtype(keys))
         return pd.DataFrame({"row_key": row_keys, "rollout": numbers.astype(np.int32)})
@@ -294,7 +293,7 @@ def check_run(request: RunRequest) -> RunSpec:
     """
     adapter, sampler, decode = request.adapter, request.sampler, request.decode
     require("n", request.n, 1 <= request.n <= MAX_ROLLOUTS, f"must be a number of rollouts, 1 to {MAX_ROLLOUTS}")
-    check_seed(request.seed)
+    check_fields("", request, seed=SEED)
     request.executor.check(request.engine.device)
     require("answer.decode", decode, decode in ("all", "winners"), "must be all or winners")
     adapter.check()
@@ -311,7 +310,7 @@ def check_run(request: RunRequest) -> RunSpec:
         require(
             "budget",
             budget.name,
-            not budget.adaptive,
+            not is_adaptive(budget),
             "must be ladder or fixed: schedule.verify compares equally many rollouts of each question",
         )
     looked_at = len(exit_ids(adapter, schedule)) - len(adapter.thinking_end_ids)
@@ -389,7 +388,10 @@ def settle_schedule(schedule: Schedule, adapter: CheckpointAdapter, *, chosen: b
     own = adapter.own_schedule
     if own is not None:
         text = calibration.schedule_text(own.key)
-        refuse_early_exit(schedule, f"must be null: model={adapter.name} has a schedule of its own ({text})")
+        require(
+            "schedule.exit", schedule.exit, schedule.exit is None,
+            f"must be null: model={adapter.name} has a schedule of its own ({text})",
+        )  # fmt: skip
         require(
             "schedule", schedule.name, not chosen and schedule.stepwise,
             f"model={adapter.name} has its own ({text}): it is part of the model and cannot be chosen",
@@ -421,9 +423,10 @@ def follow_plan(request: RunRequest) -> tuple[RunRequest, dict[str, Any], str | 
 
 
 def require_steps(schedule: Schedule, adapter: CheckpointAdapter, why: str) -> None:
-    """Raise UsageError with the reason `why` unless the schedule makes one latent after another."""
+    """Raise UsageError with the reason `why` unless the schedule makes all latents, one after another."""
     key, value = ("schedule", schedule.name) if adapter.own_schedule is None else ("model", adapter.name)
     require(key, value, schedule.stepwise, f"{why}, and parallel sweeps make all latents at once")
+    require("schedule.exit", schedule.exit, schedule.exit is None, f"must be null: {why}")
 
 
 def settle_scorer(request: RunRequest) -> LatentRM | NoScorer:
@@ -434,8 +437,12 @@ def settle_scorer(request: RunRequest) -> LatentRM | NoScorer:
     """
     scorer, adapter, sampler, config = request.scorer, request.adapter, request.sampler, request.config
     if isinstance(scorer, NoScorer):
-        why = f"{scorer.reason}; is scorer=latent_rm meant?"
-        require("scorer.checkpoint", config["scorer"].get("checkpoint"), "scorer.checkpoint" not in request.chosen, why)
+        require(
+            "scorer.checkpoint",
+            config["scorer"].get("checkpoint"),
+            "scorer.checkpoint" not in request.chosen,
+            f"{scorer.reason}; is scorer=latent_rm meant?",
+        )
         return scorer
     if scorer.only_own and scorer.trained.get("reasoner") != adapter.digest:
         return NoScorer(f"{scorer.checkpoint} was trained for other weights than {adapter.checkpoint}")
@@ -501,8 +508,9 @@ def check_search(request: RunRequest, schedule: Schedule, scorer: LatentRM | Non
     search.check(request.n, request.sampler, scorer)
     if not request.guided:
         return
-    require_steps(schedule, request.adapter, f"search={search.name} grows rollouts latent by latent")
-    refuse_early_exit(schedule, f"must be null: search={search.name} grows rollouts of equally many latents")
+    require_steps(
+        schedule, request.adapter, f"search={search.name} grows rollouts of equally many latents step by step"
+    )
     require("answer.decode", decode, decode == "all", f"must be all: search={search.name} decodes the beams it keeps")
 
 
@@ -515,13 +523,12 @@ def settle_budget(request: RunRequest, scorer: LatentRM | NoScorer, aggregators:
     """
     budget, decode = request.budget, request.decode
     if request.guided:
-        why = "depend on each other, so they cannot come in rounds"
         require(
             "budget",
             budget.name,
             budget.name == "fixed" or "budget" not in request.chosen,
-            f"must be fixed: rollouts of search={request.search.name} "
-            f"{why if budget.adaptive else 'have no figures at a smaller n'}",
+            f"must be fixed: rollouts of search={request.search.name} depend on each other, so they cannot come in "
+            "rounds, and have no figures at a smaller n",
         )
         return Fixed()
     if not is_adaptive(budget):
@@ -544,8 +551,11 @@ def settle_budget(request: RunRequest, scorer: LatentRM | NoScorer, aggregators:
             "scorer.range=[LOW,HIGH] declares one; a score beyond it is an error",
         )
     reported = [aggregator.name for aggregator in aggregators]
-    allowed = f"looks at the pick of {budget.aggregator}, which is not reported: aggregator=[{','.join(reported)}]"
-    require(*chosen, budget.aggregator in reported, allowed)
+    require(
+        *chosen,
+        budget.aggregator in reported,
+        f"looks at the pick of {budget.aggregator}, which is not reported: aggregator=[{','.join(reported)}]",
+    )
     return budget
 
 
@@ -564,14 +574,15 @@ def calibrate_budget(
     """
     if not (isinstance(budget, Adaptive) and isinstance(budget.rule, Confidence)):
         return budget
-    of_votes = (each.temperature for each in aggregators if isinstance(each, Weighted))
     fitted = calibration.calibrate_on_run(
         budget.rule,
         request.config,
         schedule,
         {"model": request.adapter.identity, "scorer": None if scorer is None else scorer.digest},
         [each.id for each in questions],
-        next(of_votes, None) if budget.aggregator == "weighted" else None,
+        next((each.temperature for each in aggregators if isinstance(each, Weighted)), None)
+        if budget.aggregator == "weighted"
+        else None,
     )
     return replace(budget, rule=replace(budget.rule, fitted=fitted))
 
@@ -614,12 +625,19 @@ def check_scorer_reads(scorer: LatentRM, adapter: CheckpointAdapter, prompts: Ma
     """
     longest = max(map(len, prompts.values())) + adapter.latents
     tokens, highest = int(scorer.sizes["vocab_size"]), max(map(max, prompts.values()))
-    checkpoint = scorer.name.partition(":")[2]
-    why = f"it has {scorer_positions(scorer)} positions, the longest prompt with its latents needs {longest}"
-    require("scorer.checkpoint", checkpoint, longest <= scorer_positions(scorer), why)
-    check_position_scaling("scorer.checkpoint", checkpoint, scorer.config, scorer_positions(scorer), longest)
-    why = f"its vocabulary has {tokens} tokens, and prompts of model={adapter.name} have token id {highest}"
-    require("scorer.checkpoint", checkpoint, highest < tokens, why)
+    require(
+        "scorer.checkpoint",
+        scorer.checkpoint,
+        longest <= scorer_positions(scorer),
+        f"it has {scorer_positions(scorer)} positions, the longest prompt with its latents needs {longest}",
+    )
+    check_position_scaling("scorer.checkpoint", scorer.checkpoint, scorer.config, scorer_positions(scorer), longest)
+    require(
+        "scorer.checkpoint",
+        scorer.checkpoint,
+        highest < tokens,
+        f"its vocabulary has {tokens} tokens, and prompts of model={adapter.name} have token id {highest}",
+    )
 
 
 def scorer_positions(scorer: LatentRM) -> int:
@@ -652,14 +670,13 @@ def forced_answer_ids(adapter: CheckpointAdapter, prefix: str, max_answer_tokens
         UsageError: the tokenizer cannot read it, or it leaves no token to choose.
     """
     ids = adapter.forced_ids(prefix)
-    allowed = f"must be fewer tokens than max_answer_tokens={max_answer_tokens}, it has {len(ids)}"
-    require("answer.forced_prefix", prefix, len(ids) < max_answer_tokens, allowed)
+    require(
+        "answer.forced_prefix",
+        prefix,
+        len(ids) < max_answer_tokens,
+        f"must be fewer tokens than max_answer_tokens={max_answer_tokens}, it has {len(ids)}",
+    )
     return ids
-
-
-def refuse_early_exit(schedule: Schedule, allowed: str) -> None:
-    """Raise UsageError, which says what is `allowed`, if rollouts may stop thinking early."""
-    require("schedule.exit", schedule.exit, schedule.exit is None, allowed)
 
 
 def exit_ids(adapter: CheckpointAdapter, schedule: Schedule) -> list[int]:
@@ -707,10 +724,11 @@ def donors_of(questions: Sequence[Question]) -> dict[str, Question]:
 def needed_rollouts(request: RunRequest) -> int:
     """The requested n; 1, with a warning, if nothing random makes rollouts differ."""
     if request.all_same and request.n > 1:
-        why = "" if request.adapter.latents else f": model={request.adapter.name} has no latents"
         log.warning(
             "n=%d: sampler %s gives the same rollout every time, so one is drawn%s",
-            request.n, request.sampler.name, why,
-        )  # fmt: skip
+            request.n,
+            request.sampler.name,
+            "" if request.adapter.latents else f": model={request.adapter.name} has no latents",
+        )
         return 1
     return request.n

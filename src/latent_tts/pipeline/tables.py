@@ -15,7 +15,7 @@ import pandas as pd
 from latent_tts.aggregator import Aggregator, Vote
 from latent_tts.budget import Stop, is_adaptive
 from latent_tts.engine.cost import Shape
-from latent_tts.pipeline.rollouts import RunRollouts
+from latent_tts.pipeline.rollouts import RunRollouts, Winners
 from latent_tts.pipeline.rounds import Outcome, adaptive_figures, budget_table
 from latent_tts.pipeline.scores import Scores
 from latent_tts.pipeline.spec import RunSpec
@@ -26,8 +26,7 @@ from latent_tts.results.metrics import Figures, measured_figures, metric_rows, r
 from latent_tts.results.parts import release_memory
 from latent_tts.results.run_folder import COUNT_COLUMNS
 from latent_tts.task import has_gold
-from latent_tts.text.answer import AnswerRule
-from latent_tts.text.classes import shared_forms
+from latent_tts.text.answer import AnswerRule, shared_forms
 from latent_tts.types import Float32, Floats, Question, RolloutArrays
 
 log = logging.getLogger(__name__)
@@ -71,7 +70,7 @@ def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) 
     if outcome is not None:
         return make_outcome_tables(spec, rollouts, outcome, settings)
     if drawn.winners is not None:
-        figures = winner_figures(spec, drawn, rollouts)
+        figures = winner_figures(spec, drawn, drawn.winners, rollouts)
     else:
         figures = rollout_figures(
             rollouts,
@@ -82,8 +81,12 @@ def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) 
             gflops=gflops(spec, rollouts, drawn.scores),
         )
     release_memory()
-    metrics = metric_rows(figures, run_columns(spec, settings))
-    return RunTables(rollouts, answer_lines(spec, rollouts), metrics, figures[-1].per_question["gflops", ""])
+    return RunTables(
+        rollouts,
+        answers=answer_lines(spec, rollouts),
+        metrics=metric_rows(figures, run_columns(spec, settings)),
+        gflops_Q=figures[-1].per_question["gflops", ""],
+    )
 
 
 def make_outcome_tables(
@@ -92,9 +95,13 @@ def make_outcome_tables(
     """The tables of a run whose budget stopped questions; see `make_tables`."""
     budget = budget_table(spec, outcome, rollouts)
     figures = adaptive_figures(spec, outcome, rollouts, budget)
-    metrics = metric_rows(figures, run_columns(spec, settings))
-    answers = answer_lines(spec, rollouts, outcome.stops)
-    return RunTables(rollouts, answers, metrics, figures[-1].per_question["gflops", ""], budget)
+    return RunTables(
+        rollouts,
+        answers=answer_lines(spec, rollouts, outcome.stops),
+        metrics=metric_rows(figures, run_columns(spec, settings)),
+        gflops_Q=figures[-1].per_question["gflops", ""],
+        budget=budget,
+    )
 
 
 def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
@@ -103,7 +110,7 @@ def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
     golds = np.array([question.answer for question in spec.questions], dtype=object).repeat(spec.table_counts)
     # many rollouts give the same answer: each is read once
     text_of = cache(lambda ids: adapter.answer_text(list(map(int, ids))))
-    answer_of = cache(lambda stop, text: None if stop == NOT_DECODED else rule.read(text, adapter))
+    answer_of = cache(lambda stop, text: None if stop == NOT_DECODED else adapter.read_answer(text, rule))
     is_right = cache(lambda answer, gold: None not in (answer, gold) and rule.is_right(answer, gold))
     texts = [text_of(tuple(ids)) for ids in rows["answer_ids"]]
     answers = list(map(answer_of, rows["stop_reason"], texts))
@@ -129,7 +136,7 @@ def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
             "answer_ids": rows["answer_ids"],
             "answer_tokens": rows["answer_ids"].map(len),
             "latent_steps": rows["latent_steps"].astype("int32"),
-            **{name: rows[name].astype("int32") for name in COUNT_COLUMNS if name in rows},
+            **{name: rows[name].astype("int32") for name in COUNT_COLUMNS},
             **{name: rows[name] for name in MEASURED},
         },
         copy=False,
@@ -202,17 +209,18 @@ def _warn_of_useless_answers(rollouts: pd.DataFrame) -> None:
         (rollouts["stop_reason"] == "length", "are cut off at max_answer_tokens"),
     ):
         if decoded.any() and useless.sum() >= MAX_USELESS * decoded.sum():
-            example = rollouts["answer_text"].iloc[useless.argmax()]
-            log.warning("%.0f %% of the answers %s, as in %r", 100 * useless.sum() / decoded.sum(), what, example[-80:])
+            log.warning(
+                "%.0f %% of the answers %s, as in %r",
+                100 * useless.sum() / decoded.sum(), what, rollouts["answer_text"].iloc[useless.argmax()][-80:],
+            )  # fmt: skip
 
 
-def winner_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) -> list[Figures]:
+def winner_figures(spec: RunSpec, drawn: RunRollouts, winners: Winners, rollouts: pd.DataFrame) -> list[Figures]:
     """The figures of each reported n where only its picks were decoded, each n as if it were the only one."""
-    assert drawn.winners is not None
     n = spec.n
     steps_QN, conflicts_QN = (rollouts[name].to_numpy().reshape(-1, n) for name in ("latent_steps", "conflicts"))
     figures = []
-    for budget, pick_Q in drawn.winners.picks.items():
+    for budget, pick_Q in winners.picks.items():
         places = np.arange(len(pick_Q)) * n + pick_Q
         picked = rollouts.iloc[places]
         gflops_Q = []
@@ -223,10 +231,8 @@ def winner_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) ->
             decoding = spec.rollout_gflop(question, steps_N[own], tokens_1, conflicts_N[own], scored=False)
             gflops_Q.append(sum(shared + each_N.sum() for shared, each_N in (thinking, decoding)))
         diversity_Q = diversities(drawn.dissimilarity_RT, n, budget)
-        measured = {}
-        if budget == max(drawn.winners.picks):
-            sums = pd.concat([rollouts[list(MEASURED_SUMS)], drawn.winners.decoding.iloc[places]])
-            measured = measured_figures(sums, rollouts, len(pick_Q), budget)
+        sums = pd.concat([rollouts[list(MEASURED_SUMS)], winners.decoding.iloc[places]])
+        measured = measured_figures(sums, rollouts, len(pick_Q), budget) if budget == max(winners.picks) else {}
         figures.append(
             Figures.of(
                 budget, budget, measured,
@@ -248,8 +254,9 @@ def winner_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) ->
 
 def gflops(spec: RunSpec, rollouts: pd.DataFrame, scores: Scores | None) -> list[tuple[float, float]]:
     """For each question, the GFLOP that its rollouts share, and the GFLOP that each of them adds on average."""
-    names = ["latent_steps", "answer_tokens", *(["conflicts"] if "conflicts" in rollouts else [])]
-    columns = [rollouts[name].to_numpy().reshape(-1, spec.kept) for name in names]
+    columns = [
+        rollouts[name].to_numpy().reshape(-1, spec.kept) for name in ("latent_steps", "answer_tokens", "conflicts")
+    ]
     pairs = []
     for place, question in enumerate(spec.questions):
         shared, each_N = spec.rollout_gflop(question, *(column_QN[place] for column_QN in columns))
@@ -273,7 +280,7 @@ def schedule_lines(spec: RunSpec, rollouts: pd.DataFrame) -> list[str]:
             f"schedule.exit={spec.schedule.exit:g}, per rollout: {steps.mean():.2f} of at most {most} "
             f"latents; {100 * (steps < most).mean():.0f} % have fewer"
         ]
-    if spec.schedule.stepwise or not set(COUNT_COLUMNS) <= set(rollouts.columns):
+    if spec.schedule.stepwise:
         return []
     counts = [f"{rollouts[name].mean():.2f} {name}" for name in COUNT_COLUMNS if rollouts[name].any()]
     return [f"schedule={spec.schedule.name}, per rollout: {', '.join(counts)}"]

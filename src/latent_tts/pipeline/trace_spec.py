@@ -29,7 +29,6 @@ MAX_TRACED_QUESTIONS = 8  # side by side
 MAX_TRACED_ROLLOUTS = 64  # of a run that has more
 MAX_TOKENS = 20  # of a lens
 SHOWN_IDS = 3  # in an error
-GREEDY = f"{Greedy.__module__}.{Greedy.__qualname__}"
 log = logging.getLogger(__name__)
 
 
@@ -50,9 +49,12 @@ class View:
     directions: int
 
     def __post_init__(self) -> None:
-        known = [name for name in self.maps if name in MAPS]
-        allowed = f"must be a list of {' and '.join(MAPS)}, as in maps=[{','.join(MAPS)}]"
-        require("maps", self.maps, bool(known) and known == list(dict.fromkeys(self.maps)), allowed)
+        require(
+            "maps",
+            self.maps,
+            0 < len(self.maps) == len(set(self.maps) & set(MAPS)),
+            f"must be a list of {' and '.join(MAPS)}, as in maps=[{','.join(MAPS)}]",
+        )
         require(
             "maps",
             self.maps,
@@ -86,8 +88,9 @@ class TraceSpec:
         """Why there is no dependency graph; empty where there is one."""
         if self.view.directions == 0:
             return "left out by directions=0"
-        own_sweeps = f"model={self.run.adapter.name} makes its latents in sweeps of its own"
-        return "" if self.run.adapter.own_schedule is None else own_sweeps
+        if self.run.adapter.own_schedule is None:
+            return ""
+        return f"model={self.run.adapter.name} makes its latents in sweeps of its own"
 
 
 def check_trace(
@@ -129,7 +132,9 @@ def check_trace(
         )
         check_sampler(sampler, run.adapter)
         other = replace_sampler(run, sampler, config, 1 if sampler.deterministic else n)
-    return TraceSpec(run, other, replace_sampler(run, Greedy(), {"_target_": GREEDY}, 1), view, source)
+    return TraceSpec(
+        run, other, replace_sampler(run, Greedy(), {"_target_": "latent_tts.sampler.greedy.Greedy"}, 1), view, source
+    )
 
 
 def replace_sampler(run: RunSpec, sampler: Sampler, config: Mapping[str, Any], n: int) -> RunSpec:
@@ -170,8 +175,7 @@ def select_questions(
         require("n", n, not whole or n == max(has), "its rollouts were drawn or scored all together: n must be theirs")
     budget = read_budget(source)
     if budget is not None and n is None:
-        used = budget.set_index("question_id")["used"]
-        has = used[[question.id for question in chosen]].tolist()
+        has = budget.set_index("question_id")["used"][[question.id for question in chosen]].tolist()
     counts = None if whole else [min(n or MAX_TRACED_ROLLOUTS, count) for count in has]
     return with_fixed_budget(replace(spec, questions=chosen), counts)
 
@@ -205,9 +209,11 @@ def find_ids(wanted: Sequence[str], ids: Sequence[str], source: Path) -> list[st
     for text in wanted or ids[:1]:
         fits = [text] if text in ids else [name for name in ids if text and name.startswith(text)]
         if len(fits) != 1:
-            shown = ", ".join((fits or ids)[:SHOWN_IDS])
             what = "the ids of several questions begin with it" if fits else "no question of this run"
-            raise UsageError(f"question={text}: {what}; {source / ANSWERS} lists the ids, such as {shown}")
+            raise UsageError(
+                f"question={text}: {what}; {source / ANSWERS} lists the ids, such as "
+                f"{', '.join((fits or ids)[:SHOWN_IDS])}"
+            )
         found += fits
     return list(dict.fromkeys(found))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from latent_tts.engine.dependencies import PlainRecurrence, find_dependencies
 from latent_tts.engine.lens import read_latents
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.errors import LESS_MEMORY, UsageError, computing
-from latent_tts.pipeline.drawer import Drawer, DrawingWork, places_of
+from latent_tts.pipeline.drawer import Drawer, places_of
 from latent_tts.pipeline.drawing import jobs_of
 from latent_tts.pipeline.models import find_device, refuse_graphs
 from latent_tts.pipeline.rollouts import RunRollouts, draw_rollouts
@@ -52,8 +53,10 @@ def trace(asked: TraceSpec, rollouts: RunRollouts) -> Trace:
         RunError: a failure while drawing or computing.
     """
     run, view = asked.run, asked.view
-    others = (spec for spec in (asked.beside, asked.deterministic) if spec is not None)
-    drawn = [(run, rollouts), *((spec, draw_rollouts(spec)) for spec in others)]
+    drawn = [
+        (run, rollouts),
+        *((spec, draw_rollouts(spec)) for spec in (asked.beside, asked.deterministic) if spec is not None),
+    ]
     with computing("tracing", "what was drawn is in the cache", LESS_MEMORY):
         results_Q = [result_tokens(run.adapter, question) for question in run.questions]
         samplers = [
@@ -89,12 +92,9 @@ def result_tokens(adapter: CheckpointAdapter, question: Question) -> list[tuple[
     found = []
     for number, step in enumerate(question.steps):
         result = RESULT.search(step)
-        try:
-            ids = adapter.forced_ids(result[1]) if result else []
-        except UsageError:  # a word that the model does not know
-            continue
-        if result and len(ids) == 1:
-            found.append((number, result[1], ids[0]))
+        with suppress(UsageError):  # a word that the model does not know
+            if result and len(ids := adapter.forced_ids(result[1])) == 1:
+                found.append((number, result[1], ids[0]))
     return found
 
 
@@ -109,8 +109,8 @@ def recompute(spec: RunSpec) -> tuple[Engine, Float32, Int64, Int64]:
     rows = {place: row for row, place in enumerate(wanted.itertuples(index=False, name=None))}
     jobs = jobs_of(spec, wanted)
     refuse_graphs(spec.engine, "the host reads what each sweep did")
-    drawer = Drawer(DrawingWork(spec, max(len(job.prompt) for job in jobs), False, known_to_fit(spec.cache)))
-    drawer.engine.keeps_timeline = True
+    longest = max(len(job.prompt) for job in jobs)
+    drawer = Drawer(spec, longest, scored=False, max_bytes=known_to_fit(spec.cache))
     latents_RTD = np.zeros((len(rows), spec.adapter.latents, drawer.engine.width), dtype=np.float32)
     steps_R, sweeps = np.zeros(len(rows), dtype=np.int64), []
     for batch in drawer.batches(jobs):
@@ -132,8 +132,7 @@ def sweeps_of(made: Rollouts) -> Int64:
         sweeps = [torch.stack([sweep.first_R, sweep.stop_R, sweep.final_R]) for sweep in made.timeline]
         return torch.stack(sweeps, 2).cpu().numpy()
     place_S = np.arange(steps_R.max(initial=0))
-    ends = np.stack([place_S, place_S + 1, place_S + 1])
-    return np.minimum(ends[:, None], steps_R[:, None])
+    return np.minimum(np.stack([place_S, place_S + 1, place_S + 1])[:, None], steps_R[:, None])
 
 
 def traced_rollouts(
@@ -167,7 +166,7 @@ def traced_rollouts(
                 answer_logprob_N=rows["answer_logprob"].to_numpy(dtype=np.float64),
                 step_scores_NT=None if step_scores_RT is None else step_scores_RT[own],
                 score_N=None if step_scores_RT is None else rows["score"].to_numpy(dtype=np.float64, na_value=np.nan),
-                counts={name: rows[name].tolist() for name in COUNT_COLUMNS if name in rows},
+                counts={name: rows[name].tolist() for name in COUNT_COLUMNS},
                 sweeps_3NS=timeline_3RS[:, own],
                 lens=read_lens(engine, latents_NTD, steps_N, top, results),
             )
@@ -201,20 +200,13 @@ def find_graphs(asked: TraceSpec, deterministic: Sequence[TracedRollouts]) -> li
         return [None] * len(deterministic)
     plain = run.adapter.load(device=find_device(run.engine), dtype=run.engine.dtype)
     use_own_attention(plain.lm, "eager")
-    graphs: list[DependencyGraph | None] = []
-    for question, rollout in zip(run.questions, deterministic, strict=True):
-        steps = int(rollout.steps_N[0])
-        if not steps:
-            graphs.append(None)
-            continue
-        latents_TD = torch.from_numpy(rollout.latents_NTD[0, :steps]).to(plain.lm.device, plain.lm.dtype)
-        found = find_dependencies(PlainRecurrence(plain, run.prompts[question.id]), latents_TD, view.directions)
-        graphs.append(
-            DependencyGraph(
-                found.relative_TT.double().cpu().numpy(),
-                view.threshold,
-                found.critical_path(view.threshold),
-                found.growth,
-            )
-        )
-    return graphs
+
+    def find_graph(question: Question, rollout: TracedRollouts) -> DependencyGraph | None:
+        own_TD = torch.from_numpy(rollout.latents_NTD[0, : rollout.steps_N[0]]).to(plain.lm.device, plain.lm.dtype)
+        if not len(own_TD):
+            return None
+        found = find_dependencies(PlainRecurrence(plain, run.prompts[question.id]), own_TD, view.directions)
+        path = found.critical_path(view.threshold)
+        return DependencyGraph(found.relative_TT.double().cpu().numpy(), view.threshold, path, found.growth)
+
+    return list(map(find_graph, run.questions, deterministic))

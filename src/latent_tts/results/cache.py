@@ -117,7 +117,7 @@ class PartCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # its time is when the entry was used last
-            write_text(self.folder / KEY_JSON, json.dumps({**key, **(about or {})}, indent=1, sort_keys=True) + "\n")
+            write_record(self.folder / KEY_JSON, {**key, **(about or {})})
         except OSError as error:
             refusal = bad_value("paths.cache", root, f"cannot be written to ({error.strerror})")
             if error.errno not in NOT_WRITABLE or not (self.folder / KEY_JSON).is_file():
@@ -139,7 +139,7 @@ def _warn_read_only(root: Path, why: str) -> None:
 class RolloutCache(PartCache):
     """Rollouts, and the step scores of the scorer that read their latents where they were made."""
 
-    def gather(self, rows: GatheredRows, scores: Mapping[str, GatheredRows] | None = None) -> None:
+    def gather(self, rows: GatheredRows, scores: Mapping[str, GatheredRows]) -> None:
         """Gather the missing ones of some rows, and of those the step scores that were made with them.
 
         Args:
@@ -149,11 +149,8 @@ class RolloutCache(PartCache):
         Raises:
             RunError: a part cannot be read, or is damaged and cannot be set aside.
         """
-        names = [name for name in ROLLOUT_SCHEMA.names if scores or not name.startswith((SCORING, "scored"))]
-        for table in tables_holding(self.folder, rows, names):
+        for table in tables_holding(self.folder, rows, ROLLOUT_SCHEMA.names):
             rows.take(table)
-            if not scores:
-                continue
             taken = table.select([*PLACE, *(SCORING + name for name in SCORE_FIELDS.names)])
             by = table[SCORED_BY].to_numpy()
             for digest, scored in scores.items():
@@ -311,13 +308,10 @@ def cache_entries(root: Path) -> list[CacheEntry]:
 
 
 def _entry(folder: Path) -> CacheEntry:
-    files = [(path, path.stat()) for path in folder.rglob("*") if path.is_file()]
+    files = [path.stat() for path in folder.rglob("*") if path.is_file()]
     rollouts = 0
     for path in part_files(folder):
         with suppress(OSError, pa.ArrowException):  # damaged: what reads its rows says so
             rollouts += pq.read_metadata(path).num_rows
-    key = read_object(folder / KEY_JSON)
-    if not all(isinstance(key.get(name) or {}, dict) for name in ("sampler", "code")):
-        key = {}
-    sizes, times = [stat.st_size for _, stat in files], [stat.st_mtime for _, stat in files]
-    return CacheEntry(folder, key, rollouts, sum(sizes), max(times))
+    key, size = read_record(folder / KEY_JSON) or {}, sum(file.st_size for file in files)
+    return CacheEntry(folder, key, rollouts, size, max(file.st_mtime for file in files))

@@ -139,7 +139,10 @@ def locked_folder(folder: Path, key: str) -> Iterator[None]:
     except FileExistsError as error:
         raise bad_value(key, folder, "must be a folder, this is a file") from error
     except BlockingIOError as error:
-        allowed = f"process {_holder(folder / LOCK)} writes there; choose another folder, or wait until it has ended"
+        holder = ""
+        with suppress(OSError):
+            holder = (folder / LOCK).read_text().strip()
+        allowed = f"process {holder or '?'} writes there; choose another folder, or wait until it has ended"
         raise bad_value(key, folder, allowed) from error
     except OSError as error:
         if error.errno not in NO_LOCKS:
@@ -160,29 +163,19 @@ def locked_folder(folder: Path, key: str) -> Iterator[None]:
                 path.rmdir()
 
 
-def _holder(path: Path) -> str:
-    """The process that holds a lock, and its machine; `?` where it has not said so yet, or has just ended."""
-    try:
-        return path.read_text().strip() or "?"
-    except OSError:
-        return "?"
-
-
 def _lock(path: Path) -> int:
-    """Lock a file that names this process; raises BlockingIOError where another has."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with suppress(FileNotFoundError):
-                if os.fstat(descriptor).st_ino == path.stat().st_ino:  # else its last holder has just removed it
-                    os.truncate(descriptor, 0)
-                    os.write(descriptor, f"{os.getpid()} on {socket.gethostname()}\n".encode())
-                    return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
+    """Lock a file that names this process; raises BlockingIOError where another has, or has just ended."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(descriptor).st_nlink == 0:  # its last holder has just removed it
+            raise BlockingIOError
+        os.truncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()} on {socket.gethostname()}\n".encode())
+    except BaseException:
         os.close(descriptor)
+        raise
+    return descriptor
 
 
 def set_aside(path: Path) -> Path:

@@ -144,18 +144,14 @@ def whole_parts(paths: Iterable[Path], columns: list[str]) -> Iterator[tuple[Pat
     for path in paths:
         try:
             table = whole_table(path, columns)
+            if table is None:
+                log.warning("%s is damaged: it is now %s, and its rollouts are missing", path, set_aside(path).name)
         except FileNotFoundError:  # pruned, or set aside by another process
             continue
         except OSError as error:
-            raise RunError(f"{path} cannot be read ({error.strerror})") from error
+            raise RunError(f"{path} cannot be read, or set aside where it is damaged ({error.strerror})") from error
         if table is not None:
             yield path, table
-            continue
-        try:
-            aside = set_aside(path)
-        except OSError as error:
-            raise RunError(f"{path} is damaged, and cannot be set aside ({error.strerror})") from error
-        log.warning("%s is damaged: it is now %s, and its rollouts are missing", path, aside.name)
 
 
 def whole_table(path: Path, columns: list[str]) -> pa.Table | None:
@@ -208,7 +204,7 @@ class GatheredRows:
         self._first, self._place = ids[places[order]], places[order]
         self._count = np.diff(places, append=len(ids))[order]
         self._found = np.zeros(len(ids), dtype=np.bool_)
-        self._pieces: list[tuple[np.ndarray, pa.Table]] = []
+        self._pieces = [(np.zeros(0, dtype=np.int64), schema.empty_table())]
 
     def take(self, table: pa.Table, which: Bools | None = None) -> None:
         """Keep those rows of a table (of those that `which` names) that are wanted and still missing."""
@@ -261,14 +257,12 @@ class GatheredRows:
 
     def _values(self, field: pa.Field) -> np.ndarray:
         """A column of the rows that were found, in the order of `wanted`: numbers, or objects that equal rows share."""
-        pieces, known = self._taken(field.name), {}
-        objects = pa.types.is_string(field.type) or pa.types.is_list(field.type)
-        dtype = np.dtype(object) if objects else np.dtype(field.type.to_pandas_dtype())
-        if dtype.kind == "i" and any(column.null_count for _, column in pieces):
-            dtype = np.dtype(np.float64)
-        values = np.empty(int(self._found.sum()), dtype=dtype)
-        for rows, column in pieces:
-            values[rows] = shared_objects(column, known) if objects else column.to_numpy(zero_copy_only=False)
+        objects, known = pa.types.is_string(field.type) or pa.types.is_list(field.type), {}
+        ranks, pieces = zip(*self._taken(field.name), strict=True)
+        content = [shared_objects(each, known) if objects else each.to_numpy(zero_copy_only=False) for each in pieces]
+        values = np.empty(int(self._found.sum()), np.result_type(*content))  # Arrow makes floats of integers with nulls
+        for rows, each in zip(ranks, content, strict=True):
+            values[rows] = each
         return values
 
     def _taken(self, name: str) -> list[tuple[np.ndarray, pa.Array]]:

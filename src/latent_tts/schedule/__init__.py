@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from latent_tts.errors import check_fields, require
@@ -60,14 +60,14 @@ class Counts:
         sweeps_R: passes after the prompt's that computed latents of the row.
         commits_R: latents found to be made from the latents that are final; 0 where a schedule does not check.
         conflicts_R: latents that were computed from others than those, and were computed again.
-        timeline: the sweeps in order, that of the prompt's pass included; None unless asked for. Schedules
-            that compute one latent after another add none.
+        timeline: the sweeps in order, that of the prompt's pass included. Schedules that compute one latent after
+            another add none.
     """
 
     sweeps_R: Tensor
     commits_R: Tensor
     conflicts_R: Tensor
-    timeline: list[Sweep] | None = None
+    timeline: list[Sweep] = field(default_factory=list)
 
 
 class LatentSequence(Protocol):

@@ -67,8 +67,7 @@ class Speculative(ParallelSchedule):
     @property
     def key(self) -> dict[str, Any]:
         """The schedule's part of the cache key; `verify` changes no rollout, and a draft's digest is added to it."""
-        names = ("name", "chunk", "tolerance", "guess", "mixing")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("name", "chunk", "tolerance", "guess", "mixing")}
 
     @property
     def exact(self) -> bool:
@@ -118,8 +117,7 @@ class Speculative(ParallelSchedule):
                 stopped_R = final_RS.any(1)
                 limit_R = torch.where(stopped_R, first + final_RS.long().argmax(1), limit_R)
                 committed_R = torch.minimum(committed_R, limit_R)
-            if counts.timeline is not None:
-                counts.timeline.append(Sweep(start_R, start_R + window_RT.sum(1), committed_R))
+            counts.timeline.append(Sweep(start_R, start_R + window_RT.sum(1), committed_R))
             chunk = self.chunk or total
             first = int(torch.where(committed_R < limit_R, committed_R, total).min())
         counts.commits_R += limit_R

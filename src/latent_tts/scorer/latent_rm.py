@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from latent_tts.checkpoint import files, reward_adapter
+from latent_tts.checkpoint import files, joining, reward_adapter
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import as_typed, bad_value, check_fields, is_number, require
 from latent_tts.types import Floats, Reasoner, RewardModel, file_sha256
@@ -170,8 +170,9 @@ class LatentRM:
             files.check_sizes(self.config, self.folder, key=KEY)
             files.check_shapes(self.config, shapes, self.folder, key=KEY)
         else:
-            shapes |= reward_adapter.tensor_shapes(self.folder, KEY)
-            reward_adapter.read_settings(self.folder, KEY)
+            for path in reward_adapter.file_paths(self.folder, KEY)[1:]:
+                shapes |= files.tensor_shapes(path, key=KEY)
+            joining.read_settings(self.folder, KEY)
         width = self.sizes.get("n_embd", self.sizes.get("hidden_size"))
         if {name: shapes.get(name) for name in HEAD} != {"classifier.weight": [1, width], "classifier.bias": [1]}:
             found = ", ".join(f"{name} {shapes.get(name, 'missing')}" for name in sorted(HEAD))
@@ -230,11 +231,13 @@ class LatentRM:
         import torch
         from safetensors.torch import load_file
         from torch.nn import functional as F
+        from transformers import AutoModel
 
-        from latent_tts.checkpoint import joining, loading
+        from latent_tts.checkpoint import loading
 
         if base is None:
-            backbone = loading.load_backbone(self._backbone_folder, device=device, dtype=dtype, key=KEY)
+            backbone = loading.load_causal_lm(self._backbone_folder, device=device, dtype=dtype, key=KEY,
+                                              auto_class=AutoModel)  # fmt: skip
         else:
             backbone = reward_adapter.sharing_copy(base.lm.base_model)
         if self._is_adapter:

@@ -98,13 +98,11 @@ class Arith:
         seen: set[str] = set()
         for index in count():
             question = make_problem(Dice(key, Stream.PROBLEM, index), self._level)
-            if split_of(question.id) != self.split and self.split != "hard":
+            if (split_of(question.id) != self.split and self.split != "hard") or question.id in seen:
                 continue
             if self.steps is not None and len(question.steps) not in self.steps:
                 continue
             if self.split != "train":
-                if question.id in seen:
-                    continue
                 seen.add(question.id)
             yield question
 

@@ -179,18 +179,14 @@ class Benchmark:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             problem = f"task={self.name}: {split.hub} cannot be read from the hub ({reason})"
             raise UsageError(self._how_to_get(problem)) from error
-        rows: list[Row] = [
-            (f"{split.hub}@{split.revision}, split {split.hub_split}: row {number}", split.row(fields, self.steps))
-            for number, fields in enumerate(table)
-        ]
-        if split.distinct:
-            first: dict[Any, Row] = {}
-            for place, row in rows:
-                first.setdefault(row["question"], (place, row))
-            rows = list(first.values())
+        rows: dict[Any, Row] = {}
+        for number, fields in enumerate(table):
+            row = split.row(fields, self.steps)
+            place = f"{split.hub}@{split.revision}, split {split.hub_split}: row {number}"
+            rows.setdefault(row["question"] if split.distinct else number, (place, row))
         if split.rows not in (None, len(rows)):
             log.warning(
                 "task=%s: %s has %d questions at revision %s; expected %d", self.name, split.hub, len(rows),
                 split.revision, split.rows,
             )  # fmt: skip
-        return iter(rows)
+        return iter(rows.values())

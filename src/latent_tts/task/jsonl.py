@@ -10,13 +10,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from difflib import get_close_matches
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from latent_tts.errors import UsageError, bad_value, check_fields, require
+from latent_tts.errors import UsageError, bad_value, check_fields, closest, require
 from latent_tts.text.answer import RULES, AnswerRule
 from latent_tts.text.number import canonical_number
 from latent_tts.types import Question, text_digest
@@ -30,11 +29,6 @@ LOST_BACKSLASH = re.compile(
     r"\f(?=rac|lo)|\x08(?=inom|egin|oxed|eta|ar\b)|\t(?=ext|imes|heta|frac|riangle)|\r(?=ight|angle)"
 )
 AFTER_ROW = re.compile(r"\s*(?:,|(?=\]))")  # of a list
-OTHER_KINDS = {  # by how a file begins
-    b"PAR1": "a Parquet file",
-    b"PK\x03\x04": "a zip or Excel file",
-    b"\x1f\x8b": "compressed, so its name must end in .gz",
-}
 JSON_LINES = """each line must be {"question": ..., "answer": ...}
 pandas writes such files by to_json(FILE, orient="records", lines=True)"""
 Row = tuple[str, Mapping[str, Any]]  # (its place, for errors; its fields)
@@ -121,11 +115,6 @@ def file_rows(path: str) -> Iterator[Row]:
     """
     file_path = Path(path).expanduser()
     try:
-        with file_path.open("rb") as file:
-            start = file.read(4)
-        found = next((what for sign, what in OTHER_KINDS.items() if start.startswith(sign)), None)
-        if found is not None and file_path.suffix != ".gz":
-            raise bad_value("task.path", path, f"is {found}; {JSON_LINES}")
         opened = gzip.open if file_path.suffix == ".gz" else open
         with opened(file_path, "rt", encoding="utf-8-sig") as file:
             if (text := file.read(PIECE).lstrip()).startswith("["):
@@ -144,7 +133,8 @@ def file_rows(path: str) -> Iterator[Row]:
                         raise UsageError(f"{where} is not JSON ({error}){hint}") from error
                     yield where, _checked(where, row)
     except UnicodeDecodeError as error:
-        raise bad_value("task.path", path, f"is not UTF-8 ({error}); save it as UTF-8") from error
+        why = f"is no text in UTF-8 ({error}); if it is compressed, its name must end in .gz; {JSON_LINES}"
+        raise bad_value("task.path", path, why) from error
     except (OSError, EOFError, zlib.error) as error:
         raise bad_value("task.path", path, f"cannot be read ({error})") from error
 
@@ -245,9 +235,11 @@ def _gold(where: str, row: Mapping[str, Any], rule: AnswerRule) -> str | None:
     answer = row.get("answer")
     if _is_blank(answer):
         similar = {key.casefold(): key for key in row if key != "answer"}
-        others = [name for name in ANSWER_NAMES if name in similar]
-        if meant := others or get_close_matches("answer", similar, n=1, cutoff=0.65):
-            raise UsageError(f"{where} has no answer; did you mean answer by {_short(repr(similar[meant[0]]))}?")
+        meant = next((name for name in ANSWER_NAMES if name in similar), None) or closest(
+            "answer", similar, cutoff=0.65
+        )
+        if meant is not None:
+            raise UsageError(f"{where} has no answer; did you mean answer by {_short(repr(similar[meant]))}?")
         return None
     is_number = isinstance(answer, int | float | Decimal) and not isinstance(answer, bool)
     if not is_number and not isinstance(answer, str):

@@ -1,12 +1,12 @@
-"""How the answers of a task are read (raw texts to canonical predictions) and compared."""
+"""How the answers of a task are read (raw texts to canonical predictions), compared, and counted as votes."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 from latent_tts.errors import check_fields, require
 from latent_tts.text import latex
@@ -19,16 +19,6 @@ AROUND = re.compile(
 )
 CHOICE = re.compile(r"\A\(?([a-z])[):]\Z")
 RULES = {"decimal": "a number", "latex": "a LaTeX expression with a value", "words": "a text"}
-
-
-class AnswerFormat(Protocol):
-    """Where a family of reasoners writes its answers; a part of `latent_tts.checkpoint.adapter.CheckpointAdapter`."""
-
-    def answer_span(self, answer_text: str) -> str | None:
-        """The part of a generated text that contains the answer, unchanged; None if there is none."""
-
-    def decimal_answer(self, answer_text: str) -> str | None:
-        """The number in a generated text, as the family's own evaluation reads it; None if there is none."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +48,6 @@ class AnswerRule:
     def guard(self) -> Guard:
         """The process that runs third-party grading code; only `latex` needs it."""
         return Guard(latex.EXPRESSIONS)
-
-    def read(self, answer_text: str, family: AnswerFormat) -> str | None:
-        """The canonical form of the answer in a generated text; None if it cannot be read.
-
-        Numbers are read as by the family's own evaluation; other answers are read from the text unchanged.
-        """
-        where = family.decimal_answer if self.name == "decimal" else family.answer_span
-        return self.parse(where(answer_text))
 
     def parse(self, raw: str | None) -> str | None:
         """The canonical form of an answer; None if it cannot be read."""
@@ -102,3 +84,24 @@ def canonical_words(raw: str | None) -> str | None:
     while found := AROUND.fullmatch(text):
         text = (found["text"] or found["braced"]).strip(". ")
     return CHOICE.sub(r"\1", text) or None
+
+
+def shared_forms(answers: Sequence[str | None], equal: Callable[[str, str], bool]) -> list[str | None]:
+    """Replace each answer by the first member of its class; answers of one class are one vote.
+
+    Equality by value is not transitive, so classes depend on the order in which they are formed. The distinct answers
+    are therefore sorted by length, then by characters, and each joins the class of the first leader that it equals, or
+    leads a new class. The result does not depend on the given order or on repetitions.
+
+    Args:
+        answers: canonical answers of one question; None for unreadable ones, which have no class.
+        equal: whether two answers have the same value.
+    """
+    leaders: list[str] = []
+    leader_of: dict[str | None, str | None] = {None: None}
+    for answer in sorted({answer for answer in answers if answer is not None}, key=lambda text: (len(text), text)):
+        leader = next((leader for leader in leaders if equal(leader, answer)), None)
+        if leader is None:
+            leaders.append(answer)
+        leader_of[answer] = leader or answer
+    return [leader_of[answer] for answer in answers]

@@ -35,7 +35,6 @@ SECONDS_PER_RUN = 60.0  # limit of all calls of a run; each call adds SECONDS_PE
 SECONDS_PER_CALL = 0.1
 MAX_NAMED = 3  # calls given up that are logged one by one
 MEMORY = 4 << 30  # bytes of address space
-MAX_KEPT = 1 << 17  # results in memory
 START_SECONDS = 120.0  # limit of the start, which imports sympy or transformers
 PATIENCE, MIN_PATIENCE = 20.0, 30.0  # wall-clock limit: the larger of PATIENCE * limit and these seconds
 LOST = {"lost": True}
@@ -120,8 +119,6 @@ class _Process:
                 self.stop()
                 return LOST
             if "result" in reply:
-                if len(self.results) >= MAX_KEPT:
-                    self.results.clear()
                 self.results[key] = reply["result"]
             return reply
 
@@ -181,12 +178,7 @@ def serve(module: str, descriptor: int) -> None:
     pipe.send_bytes(b"ready")
     while (child := os.fork()) and os.waitpid(child, 0)[1] != 0:
         pipe.send_bytes(json.dumps(LOST).encode())
-    if child == 0:
-        _answer(functions, pipe)
-
-
-def _answer(functions: Any, pipe: Connection) -> None:
-    while True:
+    while child == 0:  # the fork, until it is killed
         try:
             request = json.loads(pipe.recv_bytes())
         except EOFError:

@@ -81,24 +81,27 @@ WORD = re.compile(
 )
 WORDS = re.compile(r"(?=.*[A-Za-z]{4}|(?i:yes|no|odd|all|red|one|two|six|ten)\b)[A-Za-z]+(?: [A-Za-z]+)*")
 NOT_PLAIN = re.compile(r"[\\{}$=<>^_]")
-# answers whose parts math-verify would divide by one another, or drop
-DATE = re.compile(r"[12]\d{3}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12]\d|3[01])|\d{1,2}/\d{1,2}/(?:1\d|20)\d\d")
-TIME = re.compile(r"(\d{1,2})(?::([0-5]\d))?\s*(?:(?:\\text\s*\{)?\s*([ap])\.?\s*m\b\.?\s*\}?)?", re.IGNORECASE)
-REMAINDER = re.compile(r"(\d+)\s*(?:r|R|rem|[Rr]emainder)\.?\s*(\d+)")
+# answers whose parts math-verify would divide by one another, or drop, in small letters
+HALF = r"\s*(?:\\text\s*\{)?\s*([ap])\.?\s*m\b\.?\s*\}?"  # of a day
+TEXTS = [(re.compile(pattern), form) for pattern, form in (
+    (r"([12]\d{3}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12]\d|3[01])|\d{1,2}/\d{1,2}/(?:1\d|20)\d\d)", r"\\text{\1}"),
+    (rf"0?(\d{{1,2}}):([0-5]\d){HALF}", r"\\text{\1:\2\3m}"),
+    (rf"0?(\d{{1,2}}){HALF}", r"\\text{\1:00\2m}"),
+    (r"0?(\d{1,2}):(0\d)", r"\\text{\1:\2}"),
+    (r"0*(\d+)\s*(?:r|rem|remainder)\.?\s*0*(\d+)", r"\\text{\1 r \2}"),
+)]  # fmt: skip
 RATIO = re.compile(r"\d+(?:\s*:\s*\d+){2,}")
-BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
-BASES |= {"eleven": 11, "twelve": 12, "sixteen": 16}
+BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
+         "eleven": 11, "twelve": 12, "sixteen": 16}  # fmt: skip
 DIGITS = r"(\d[0-9A-Za-z]*|[A-F][0-9A-F]+)"
 IN_BASE = re.compile(
     rf"(?:{DIGITS}|\({DIGITS}\)|\\(?:text|mathrm)\{{{DIGITS}\}})"
     rf"_(?:\{{(\d+)\}}|(\d{{1,2}})|\{{?(?:\\(?:text|mathrm)\s*)?\{{?({'|'.join(BASES)})\}}*)"
 )
-FEET = re.compile(r"(?<!\w)(\d+)\s*'\s*(\d+)\s*(?:''|\")?")
 SHORT_UNIT = r"[mgshl](?:\^\{[23]\})?"  # as sympy prints them
 IN_SHORT_UNIT = re.compile(rf"(-?)\s*(?:(\d+) {SHORT_UNIT}|\\frac\{{(?:(\d+) )?{SHORT_UNIT}\}}\{{(\d+)\}})")
-APART = r"(?:\s|\\q?quad(?![A-Za-z])|\\[lc]?dots(?![A-Za-z]))+"
 MISREAD = re.compile(  # not `\log_2 8`, but `1.234.567`, and exponents too large for `parse_number`
-    rf"(?<!_)\d(?:{SPACE}|{APART})\.?\d|\d\.\d+\.\d|!!|\A[+-]?\s*(?:\d+\.?\d*|\.\d+)[eE][+-]?\d+\Z"
+    rf"(?<!_)\d(?:{SPACE}|(?:\s|\\q?quad(?![A-Za-z])|\\[lc]?dots(?![A-Za-z]))+)\.?\d|\d\.\d+\.\d|!!|\A[+-]?\s*(?:\d+\.?\d*|\.\d+)[eE][+-]?\d+\Z"
 )
 
 
@@ -164,11 +167,9 @@ def _other_form(text: str, *, is_text: bool) -> str | None:
     These are dates, times, ratios of three or more parts, numbers in another base, quotients with a remainder, and
     phrases with numbers.
     """
-    if DATE.fullmatch(text):
-        return rf"\text{{{text}}}"
-    if (found := TIME.fullmatch(text)) and (found[3] or (found[2] or "").startswith("0")):
-        half = f"{found[3].lower()}m" if found[3] else ""
-        return rf"\text{{{int(found[1])}:{found[2] or '00'}{half}}}"
+    for pattern, form in TEXTS:
+        if found := pattern.fullmatch(text.casefold()):
+            return found.expand(form)
     if RATIO.fullmatch(text):
         parts = [int(part) for part in text.split(":")]
         return ":".join(str(part // (math.gcd(*parts) or 1)) for part in parts)
@@ -178,8 +179,6 @@ def _other_form(text: str, *, is_text: bool) -> str | None:
         with contextlib.suppress(ValueError):  # not digits of such a base
             int(digits, base)
             return digits if base == 10 else f"{digits}_{{{base}}}"
-    if found := REMAINDER.fullmatch(text):
-        return rf"\text{{{int(found[1])} r {int(found[2])}}}"
     return _phrase(text, is_text=is_text)
 
 
@@ -189,7 +188,7 @@ def _phrase(text: str, *, is_text: bool) -> str | None:
     Letters that `\text` says are a text need not look like a word. math-verify would read a product of variables, which
     is equal to `4 July` and to any other order of its letters.
     """
-    text = IN_TEXT.sub(r"\1", FEET.sub(r"\1 feet \2 inches", text))
+    text = re.sub(r"(?<!\w)(\d+)\s*'\s*(\d+)\s*(?:''|\")?", r"\1 feet \2 inches", IN_TEXT.sub(r"\1", text))
     if NOT_PLAIN.search(text) or MAGNITUDE.search(text) or not re.search(r"\d.*[a-z]{2}|[a-z]{2}.*\d", text, re.I):
         return None
     several = SEVERAL_UNITS.search(text)

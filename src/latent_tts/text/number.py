@@ -34,15 +34,16 @@ CURRENCY = (
     r"(?:(?:US|AU|CA|NZ|HK|[ACRS])?\\?\$|[£¥¢฿\u20a0-\u20cf]|\\pounds|\\euro"
     r"|(?:USD|EUR|GBP|JPY|CNY|INR|Rs\.?)(?=[\s\d]))"
 )
-SIGN = r"[+-]?"
 RAISED_UNIT = r"\^\s*\{\s*-?[1-3]\s*\}|\^\s*-?[1-3]|(?<=[mtnd])[23](?![A-Za-z])"  # the power of `cm^2`, `s^{-1}`, `m2`
 NUMBER = re.compile(
-    rf"(?P<sign>{SIGN})\s*{CURRENCY}?\s*(?P<inner_sign>{SIGN})\s*(?:{MIXED}|{PLAIN})"
+    rf"(?P<sign>[+-]?)\s*{CURRENCY}?\s*(?P<inner_sign>[+-]?)\s*(?:{MIXED}|{PLAIN})"
     rf"(?:{SPACE})?(?P<tail>(?:{CURRENCY}|\\?%|(?P<degrees>°|\^\s*\\circ(?![A-Za-z])|\^\s*\{{\s*\\circ\s*\}})(?:{SPACE})?)?(?P<unit>(?:[^\d\\]|{RAISED_UNIT})*))"
 )
 UNIT_POWER = re.compile(rf"(?<=[^\W\d_])\.?\s*(?:{RAISED_UNIT})")
-WRAPPERS = [("**", "**"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("{", "}")]
-WRAPPERS += [(rf"\{name}{{", "}") for name in ("boxed", "text", "textbf", "mathrm", "mathbf", "mbox")]
+WRAPPERS = [
+    *(("**", "**"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("{", "}")),
+    *((rf"\{name}{{", "}") for name in ("boxed", "text", "textbf", "mathrm", "mathbf", "mbox")),
+]
 STATED = re.compile(r"^\s*(?:=|≈|\\approx(?![A-Za-z]))\s*(?=\S)")
 STYLE = re.compile(r"\\(?:displaystyle|textstyle|bf|rm|it)(?![A-Za-z])")
 # how some parts of a number are written, and how `NUMBER` reads them
@@ -63,7 +64,8 @@ UNIT_NAMES = frozenset(
 )
 SHORT_UNITS = frozenset("mglLsh")  # in `km/h` and `m/s`; alone they may be variables
 SCALES = ("C", "F", "K")
-GREEK = re.compile("[\u0370-\u03ff](?<![\u03a9\u03bc])")  # all but those of ohms and micrometres are variables
+# millions, and Greek letters that are variables: all but those of ohms and micrometres
+NO_UNIT = re.compile("M\\Z|.*[\u0370-\u03ff](?<![\u03a9\u03bc])")
 # words after a number that change its value or continue a sentence, so they are not units
 OTHER_VALUE = frozenset(
     re.split(
@@ -77,7 +79,6 @@ OTHER_VALUE = frozenset(
         百 千 万 亿 萬 億 半""",
     )
 )
-MILLIONS = "M"  # `m` are metres
 MAX_UNIT_WORDS = 4
 GLUED_LETTERS = 2  # more letters that a unit needs right after a digit, where letters may be variables
 MAGNITUDE = re.compile(r"(?<![A-Za-z])(?:hundred|thousand|million|billion|trillion|dozen)s?(?![A-Za-z])", re.I)
@@ -175,9 +176,7 @@ def is_unit(text: str, min_letters: int, *, glued: bool = False) -> bool:
     is_rate = is_rate and bool(words) and words[0] in UNIT_NAMES | SHORT_UNITS
     for place, word in enumerate(words):
         name = word.replace(".", "").lstrip("°")
-        if not name.isalpha() or name == MILLIONS or GREEK.search(name):
-            return False
-        if word.casefold() in OTHER_VALUE or name.casefold() in OTHER_VALUE:
+        if not name.isalpha() or NO_UNIT.match(name) or OTHER_VALUE & {word.casefold(), name.casefold()}:
             return False
         letters = min_letters + (GLUED_LETTERS if glued and place == 0 and min_letters > 1 else 0)
         if not (len(name) >= letters or name in UNIT_NAMES or (is_rate and name in SHORT_UNITS)):

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from math import log
 from typing import ClassVar
 
-import numpy as np
 from scipy.special import betaln
 
 from latent_tts.budget import NOT_CERTIFIED, Rule, Tally
 from latent_tts.errors import RunError, bad_value, check_fields, is_whole, require
-from latent_tts.types import Bools, Float64
+from latent_tts.types import Bools
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,8 @@ class Certified(Rule):
     def check(self, answer_rule: str) -> None:
         """Refuse LaTeX: the certificate is of fixed answers, and a late string can form its classes anew."""
         if answer_rule == "latex":
-            why = "certifies answers that are equal as strings; task.answer=latex compares values"
-            raise bad_value("budget/rule", self.name, why)
+            allowed = "certifies answers that are equal as strings; task.answer=latex compares values"
+            raise bad_value("budget/rule", self.name, allowed)
 
     @property
     def certificate(self) -> str:
@@ -84,12 +83,6 @@ class Certified(Rule):
                 "leave it out (null) where their number is not known"
             )
         threshold = max(1, (tally.n if self.answers is None else self.answers) - 1) / self.delta
-        return self._log_ratios(votes.lead_N, votes.second_N) >= log(threshold)
-
-    def _log_ratios(self, lead_N: Float64, second_N: Float64) -> Float64:
-        """Logarithm of R against the strongest rival; -inf where it says nothing for the leader."""
-        a_N = lead_N - (1 if self.answers is None else 0)
-        leads_N = a_N > second_N
-        a_N = np.where(leads_N, a_N, 1.0)
-        b_N = np.where(leads_N, second_N, 0.0)
-        return np.where(leads_N, (a_N + b_N) * log(2) + betaln(a_N + 1, b_N + 1), -np.inf)
+        a_N, b_N = votes.lead_N - (self.answers is None), votes.second_N
+        log_ratio_N = (a_N + b_N) * log(2) + betaln(a_N + 1, b_N + 1)
+        return (a_N > b_N) & (log_ratio_N >= log(threshold))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import ClassVar
 
 import numpy as np
-from scipy.special import log_softmax
+from scipy.special import log_softmax, softmax
 
 from latent_tts.budget import Rule, Tally
 from latent_tts.errors import check_fields, require
-from latent_tts.types import Bools, Float64, Int64
+from latent_tts.types import Bools, Float64, Int64, text_digest
 
 SOURCES = ("likelihood", "score")
 AGGREGATORS = ("majority", "weighted")
@@ -39,8 +38,7 @@ class Calibration:
 
     def __str__(self) -> str:
         """A digest, since another calibration is another rule."""
-        values = " ".join(f"{value:.6g}" for value in (self.vote, self.slope, self.unseen, self.mean, self.sd))
-        return hashlib.sha256(values.encode()).hexdigest()[:6]
+        return text_digest(" ".join(f"{value:.6g}" for value in astuple(self)))[:6]
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ class Confidence(Rule):
     @property
     def needs_score(self) -> bool:
         """Whether confidences or votes are scores."""
-        return self.by == "score" or self.aggregator == "weighted"
+        return self.by == "score" or super().needs_score
 
     def enough(self, tally: Tally) -> Bools:
         """Whether the posterior mass is high enough, after each rollout."""
@@ -98,11 +96,9 @@ class Confidence(Rule):
         assert fitted is not None, "not calibrated"
         count_NK, confidence_NK = evidence(tally, self.by, fitted.mean, fitted.sd)
         logit_NK = np.where(count_NK > 0, fitted.vote * count_NK + fitted.slope * confidence_NK, -np.inf)
-        most_N1 = np.maximum(logit_NK.max(1, keepdims=True), fitted.unseen)
-        mass_NK = np.exp(logit_NK - most_N1)
-        total_N = mass_NK.sum(1) + np.exp(fitted.unseen - most_N1[:, 0])
+        mass_NK = softmax(np.column_stack([logit_NK, np.full(tally.drawn, fitted.unseen)]), axis=1)
         leader_N1 = tally.votes.leader_N[:, None]
-        return np.where(tally.votes.lead_N > 0, np.take_along_axis(mass_NK, leader_N1, 1)[:, 0] / total_N, 0.0)
+        return np.where(tally.votes.lead_N > 0, np.take_along_axis(mass_NK, leader_N1, 1)[:, 0], 0.0)
 
 
 def confidences(tally: Tally, by: str) -> Float64:
@@ -126,7 +122,8 @@ def calibrate(tallies: Sequence[Tally], by: str) -> Calibration:
     Raises:
         ValueError: no question has a readable answer and confidences that differ.
     """
-    read_N = np.concatenate([_of_readable(tally, by) for tally in tallies]) if tallies else np.zeros(0)
+    given = (pair for tally in tallies for pair in zip(tally.answers, confidences(tally, by), strict=True))
+    read_N = np.array([value for answer, value in given if answer is not None and np.isfinite(value)])
     if len(read_N) < 2 or not read_N.std() > 0:
         raise ValueError("its rollouts have no readable answers with confidences that differ")
     mean, sd = float(read_N.mean()), float(read_N.std())
@@ -139,27 +136,11 @@ def calibrate(tallies: Sequence[Tally], by: str) -> Calibration:
             part = tally.until(count)
             counts_NK, sums_NK = evidence(part, by, mean, sd)
             rows.append(np.stack([counts_NK[-1], sums_NK[-1]], axis=-1))
-            elected.append(_class_of(part, chosen))
+            elected.append(part.class_N[part.answers.index(chosen)] if chosen in part.answers else -1)
     if not rows:
         raise ValueError("a calibration needs questions with two rollouts or more, one of them readable")
     vote, slope, unseen = _fit(rows, np.array(elected))
     return Calibration(vote, slope, unseen, mean, sd)
-
-
-def _of_readable(tally: Tally, by: str) -> Float64:
-    value_N = confidences(tally, by)
-    readable_N = np.array([answer is not None for answer in tally.answers], dtype=bool)
-    return value_N[readable_N & np.isfinite(value_N)]
-
-
-def _class_of(tally: Tally, answer: str | None) -> int:
-    """The column of an answer after all rollouts of a tally; -1 if none has given it."""
-    at = [place for place, each in enumerate(tally.answers) if each == answer]
-    if not at:
-        return -1
-    marked_N = np.zeros(tally.drawn)
-    marked_N[at[0]] = 1.0
-    return int(tally.sums(marked_N)[-1].argmax())
 
 
 def _fit(rows: Sequence[Float64], elected_E: Int64) -> tuple[float, float, float]:

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from latent_tts.budget import Rule, Tally, Votes
+from latent_tts.budget import Rule, Tally
 from latent_tts.errors import check_fields
-from latent_tts.types import Bools, Float64
+from latent_tts.types import Bools
 
 ROUNDING = 1e-9  # relative; sums of n weights in another order differ by far less
 AGGREGATORS = ("majority", "weighted")
@@ -48,42 +48,21 @@ class Lockout(Rule):
     def __post_init__(self) -> None:
         check_fields("budget.rule", self, aggregator=AGGREGATORS)
 
-    @property
-    def needs_score(self) -> bool:
-        """Whether votes are weighted."""
-        return self.aggregator == "weighted"
-
     def enough(self, tally: Tally) -> Bools:
         """Whether the pick of n is known, after each rollout."""
         assert tally.max_log_weight is not None, "the largest weight is not known"
-        left_N = tally.n - np.arange(1, tally.drawn + 1.0)
-        counted = self.aggregator == "majority"  # else weights may be 0 and 1 because the others underflow
-        if tally.equal is None:
-            locked_N = _locked(tally.votes, left_N, counted)
-        else:
-            locked_N = _locked_by_string(tally.string_votes, left_N, counted)
-        return locked_N & (left_N > 0)
-
-
-def _locked(votes: Votes, left_N: Float64, counted: bool) -> Bools:
-    """Whether every rival, and an answer that nobody has voted for yet, is behind the leader for good."""
-    lead_N1, left_N1 = votes.lead_N[:, None], left_N[:, None]
-    reached_NK = votes.weight_NK + left_N1
-    first_N1 = np.take_along_axis(votes.first_NK, votes.leader_N[:, None], 1)
-    if counted:
-        behind_NK = (lead_N1 > reached_NK) | ((lead_N1 == reached_NK) & (first_N1 < votes.first_NK))
-        new_N = votes.lead_N >= left_N
-    else:
-        behind_NK = lead_N1 * (1 - ROUNDING) > reached_NK
-        new_N = votes.lead_N * (1 - ROUNDING) > left_N
-    np.put_along_axis(behind_NK, votes.leader_N[:, None], True, 1)
-    return behind_NK.all(1) & new_N
-
-
-def _locked_by_string(votes: Votes, left_N: Float64, counted: bool) -> Bools:
-    """Whether the most frequent string alone outweighs all other strings and rollouts to come."""
-    others_N = votes.weight_NK.sum(1) - votes.lead_N + left_N
-    if not counted:
-        return votes.lead_N * (1 - ROUNDING) > others_N
-    first_N = np.take_along_axis(votes.first_NK, votes.leader_N[:, None], 1)[:, 0]
-    return (votes.lead_N > others_N) | ((votes.lead_N == others_N) & (first_N == votes.first_NK.min(1)))
+        votes = tally.votes if tally.equal is None else tally.string_votes
+        left_N1 = tally.n - np.arange(1, tally.drawn + 1.0)[:, None]
+        leader_N1, lead_N1 = votes.leader_N[:, None], votes.lead_N[:, None]
+        first_N1 = np.take_along_axis(votes.first_NK, leader_N1, 1)
+        # the leader's own column stands for an answer that nobody has voted for yet
+        rival_NK, rival_first_NK = votes.weight_NK.copy(), votes.first_NK.copy()
+        np.put_along_axis(rival_NK, leader_N1, 0.0, 1)
+        np.put_along_axis(rival_first_NK, leader_N1, tally.drawn, 1)
+        if tally.equal is not None:  # the others may become one class
+            rival_NK, rival_first_NK = rival_NK.sum(1, keepdims=True), rival_first_NK.min(1, keepdims=True)
+        reached_NK = rival_NK + left_N1
+        locked_NK = lead_N1 * (1 - ROUNDING) > reached_NK
+        if self.aggregator == "majority":  # weights may be 0 and 1 because the others underflow: those are no counts
+            locked_NK |= (lead_N1 == reached_NK) & (first_N1 < rival_first_NK)
+        return locked_NK.all(1) & (left_N1[:, 0] > 0)

@@ -8,11 +8,9 @@ from typing import ClassVar
 import numpy as np
 from scipy.special import gammaln, stdtr
 
-from latent_tts.budget import Rule, Tally
+from latent_tts.budget import MIN_SCORES, Rule, Tally, standing_of_best
 from latent_tts.errors import check_fields
 from latent_tts.types import Bools, Float64
-
-MIN_SCORES = 3  # Student's t needs two degrees of freedom for an expected gain
 
 
 @dataclass(frozen=True)
@@ -20,9 +18,8 @@ class Reward(Rule):
     """Stops when one more rollout is expected to raise the best score by less than `cost`.
 
     Weitzman's rule: with known scores F and recall of the best one z so far, drawing on is worth its cost as long as
-    E[max(X - z, 0)] > cost, whatever the number of rollouts left. F is not known here. Scores of a question are taken
-    as normal with unknown mean and variance (prior 1/variance), so that the next one is Student's t with k - 1 degrees
-    of freedom around the mean m of the k scores so far, with scale s = sd sqrt(1 + 1/k). With u = (z - m) / s,
+    E[max(X - z, 0)] > cost, whatever the number of rollouts left. F is not known here, and taken for Student's t around
+    the mean m of the k scores so far, with scale s (see `standing_of_best`). With u = (z - m) / s,
 
         E[max(X - z, 0)] = s ( f(u) (k - 1 + u^2) / (k - 2) - u (1 - F(u)) ),
 
@@ -44,11 +41,6 @@ class Reward(Rule):
     def __post_init__(self) -> None:
         check_fields("budget.rule", self, cost="a positive number")
 
-    @property
-    def needs_score(self) -> bool:
-        """True: the rule reads scores alone."""
-        return True
-
     def enough(self, tally: Tally) -> Bools:
         """Whether the expected gain is below the cost, after each rollout."""
         return expected_gains(tally.score_N) < self.cost
@@ -56,21 +48,9 @@ class Reward(Rule):
 
 def expected_gains(score_N: Float64) -> Float64:
     """What one more rollout is expected to add to the best score, after each rollout; inf before that is known."""
-    scored_N = np.isfinite(score_N)
-    value_N = np.where(scored_N, score_N, 0.0)
-    count_N = scored_N.cumsum().astype(float)
-    known_N = count_N >= MIN_SCORES
-    k_N = np.where(known_N, count_N, MIN_SCORES)
-    origin = value_N[scored_N.argmax()]  # sums are about the first score, so that a large mean costs no digits
-    moved_N = np.where(scored_N, value_N - origin, 0.0)
-    mean_N = moved_N.cumsum() / k_N
-    square_N = np.maximum(np.square(moved_N).cumsum() - k_N * np.square(mean_N), 0.0)
-    scale_N = np.sqrt(square_N / (k_N - 1) * (1 + 1 / k_N))
-    best_N = np.maximum.accumulate(np.where(scored_N, moved_N, -np.inf))
-    spread_N = scale_N > 1e-12 * np.maximum(1.0, np.abs(origin))
-    u_N = np.where(known_N & spread_N, (best_N - mean_N) / np.where(spread_N, scale_N, 1.0), 0.0)
-    gain_N = scale_N * unit_gain(u_N, k_N - 1)
-    return np.where(known_N, np.where(spread_N, gain_N, 0.0), np.inf)
+    count_N, scale_N, best_N = standing_of_best(score_N)
+    gain_N = scale_N * unit_gain(best_N, np.maximum(count_N, MIN_SCORES) - 1)
+    return np.where(count_N >= MIN_SCORES, gain_N, np.inf)
 
 
 def unit_gain(u_N: Float64, freedom_N: Float64) -> Float64:

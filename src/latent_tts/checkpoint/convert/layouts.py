@@ -13,11 +13,12 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from tokenizers import AddedToken, Tokenizer
+
 from latent_tts.checkpoint import joining
-from latent_tts.errors import UsageError, bad_value, require
+from latent_tts.errors import UsageError, require
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from torch import Tensor
 
 # in the order in which the training codes assign ids; CODI's first one is its padding token, never fed
@@ -91,54 +92,42 @@ def deduplicate_embeddings(backbone: Mapping[str, Tensor], *, tied: bool) -> dic
         UsageError: no copy is there, or copies of one matrix differ.
     """
     tensors = dict(backbone)
-    place = next((name for name in EMBEDDINGS if name in tensors), None)
-    if place is None:
-        place = EMBEDDINGS[any(name.startswith("model.") for name in tensors)]
-    copies = {place: tensors.get(place), EMBEDDING_COPY: tensors.pop(EMBEDDING_COPY, None)}
-    if tied:
-        copies[HEAD] = tensors.pop(HEAD, None)
-    elif HEAD not in tensors:
-        raise bad_value("src", HEAD, "missing, and the config does not tie it to the input embedding")
-    present = {name: value for name, value in copies.items() if value is not None}
-    require("src", place, bool(present), "missing: the file contains no input embedding")
-    first, *others = present
+    require("src", HEAD, tied or HEAD in tensors, "missing, and the config does not tie it to the input embedding")
+    place = next((name for name in EMBEDDINGS if name in tensors), EMBEDDINGS[0])
+    names = (place, EMBEDDING_COPY, HEAD) if tied else (place, EMBEDDING_COPY)
+    copies = {name: tensors.pop(name) for name in names if name in tensors}
+    require("src", place, bool(copies), "missing: the file contains no input embedding")
+    first, *others = copies
     for name in others:
-        require(
-            "src",
-            name,
-            present[first].equal(present[name]),
-            f"differs from {first}, although the config ties them; check tie_word_embeddings",
-        )
-    return {**tensors, place: present[first]}
+        why = f"differs from {first}, although the config ties them; check tie_word_embeddings"
+        require("src", name, copies[first].equal(copies[name]), why)
+    if any(name.startswith("model.") for name in tensors):
+        place = EMBEDDINGS[1]
+    return {**tensors, place: copies[first]}
 
 
-def describe(names: Mapping[str, Tensor]) -> str:
-    """Describe the base model whose config is needed: its kind, layers and width."""
-    layers = {int(found[1]) for name in names if (found := re.search(r"\.(?:h|layers)\.(\d+)\.", name))}
-    kind = "GPT-2" if any(name.startswith("transformer.h.") for name in names) else "Llama-like model"
-    width = next((value.shape[-1] for name, value in names.items() if name in (*EMBEDDINGS, HEAD)), "unknown")
-    return f"the base model, a {kind} with {len(layers)} layers of width {width}"
-
-
-def check_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Check that a config fits the tensors.
+def check_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, exact: bool) -> None:
+    """Check that there is a config and, if it is to be `exact`, that it has the layers and the width of the tensors.
 
     Raises:
-        UsageError: the number of layers or the width differ.
+        UsageError: it is missing, or one of them differs.
     """
     layers = len({found[1] for name in tensors if (found := re.search(r"\.(?:h|layers)\.(\d+)\.", name))})
-    width = next(tensors[name].shape[1] for name in EMBEDDINGS if name in tensors)
-    described = [
+    widths = (tensors[name].shape[1] for name in (*EMBEDDINGS, EMBEDDING_COPY, HEAD) if name in tensors)
+    found = f"{layers} layers of width {next(widths, 'unknown')}"
+    if not config:
+        kind = "GPT-2" if any(name.startswith("transformer.h.") for name in tensors) else "Llama-like model"
+        raise UsageError(
+            f"config.json is missing or empty; it must be that of the base model, a {kind} with {found}\n"
+            "give it as config=FOLDER/config.json"
+        )
+    depth, width = (
         config.get("n_layer", config.get("num_hidden_layers")),
         config.get("n_embd", config.get("hidden_size")),
-    ]
-    if described != [layers, width]:
-        raise bad_value(
-            "config",
-            config.get("_name_or_path") or config.get("model_type"),
-            f"describes {described[0]} layers of width {described[1]}; "
-            f"the weights have {layers} layers of width {width}",
-        )
+    )
+    described = f"{depth} layers of width {width}"
+    name = config.get("_name_or_path") or config.get("model_type")
+    require("config", name, not exact or described == found, f"describes {described}; the weights have {found}")
 
 
 def name_latent_tokens(tokenizer: Tokenizer, family: str, *, rows: int, vocabulary: int | None) -> None:
@@ -157,8 +146,6 @@ def name_latent_tokens(tokenizer: Tokenizer, family: str, *, rows: int, vocabula
     known = [tokenizer.token_to_id(token) for token in order]
     if all(token_id is not None and token_id < rows for token_id in known):
         return
-    from tokenizers import AddedToken
-
     size = tokenizer.get_vocab_size(with_added_tokens=True)
     first = vocabulary if family == "CODI" and vocabulary not in (None, rows) else size
     assert first is not None

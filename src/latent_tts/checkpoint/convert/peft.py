@@ -10,29 +10,27 @@ Source: whyNLP/PCCoT `example.py`, `test_ccot.py`, `models/pccot_arguments.py`.
 from __future__ import annotations
 
 import json
+import logging
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latent_tts.checkpoint import files as checkpoint
-from latent_tts.errors import UsageError, bad_value, is_whole, require
+from tokenizers import Tokenizer
+
+from latent_tts.checkpoint import files
+from latent_tts.errors import bad_value, is_whole, require
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from torch import Tensor
     from transformers import PreTrainedModel
 
+log = logging.getLogger(__name__)
 WEIGHTS = "adapter_model.safetensors"
 HUB_IDS = {"gpt2": "openai-community/gpt2"}  # names without an owner, which the hub still accepts
 PCCOT_ARGUMENTS = "pccot_args.json"
 TOKENS = {"bot_token_id": "<|start-latent|>", "eot_token_id": "<|end-latent|>", "latent_token_id": "<|latent|>"}
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder contains an adapter of PEFT."""
-    return (folder / checkpoint.ADAPTER).is_file()
 
 
 def merge(folder: Path, base: str | None, tokens: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -52,11 +50,10 @@ def merge(folder: Path, base: str | None, tokens: int) -> tuple[dict[str, Tensor
     require("src", folder, find_spec("peft") is not None, why)
     settings = read_settings(folder)
     own = settings.get("base_model_name_or_path")
-    named = base or HUB_IDS.get(str(own), own)
-    if not named:
-        why = f"{checkpoint.ADAPTER} does not name the base model; give it as base=FOLDER_OR_HUB_ID"
-        raise bad_value("base", "null", why)
-    lm: Any = loading.load_causal_lm(checkpoint.resolve(named, key="base"), device="cpu", dtype="float32", key="base")
+    named = base or HUB_IDS.get(str(own), own) or ""
+    why = f"{files.ADAPTER} does not name the base model; give it as base=FOLDER_OR_HUB_ID"
+    require("base", None, bool(named), why)
+    lm: Any = loading.load_causal_lm(files.resolve(named, key="base"), device="cpu", dtype="float32", key="base")
     if tokens > lm.get_input_embeddings().weight.shape[0]:
         lm.resize_token_embeddings(tokens, mean_resizing=False)
     if "prj" in (settings.get("modules_to_save") or ()):
@@ -75,12 +72,12 @@ def read_settings(folder: Path) -> dict[str, Any]:
     Raises:
         UsageError: they cannot be read, or name code that would be imported.
     """
-    settings = checkpoint.read_json(folder, checkpoint.ADAPTER, key="src")
+    settings = files.read_json(folder, files.ADAPTER, key="src")
     for name in ("megatron_config", "megatron_core"):  # PEFT imports the module that they name
         plain = settings.get(name) in (None, "megatron.core")
-        require("src", folder, plain, f"{checkpoint.ADAPTER} has {name}, which is not supported")
+        require("src", folder, plain, f"{files.ADAPTER} has {name}, which is not supported")
     require("src", folder, (folder / WEIGHTS).is_file(), f"lacks {WEIGHTS}")
-    checkpoint.tensor_shapes(folder / WEIGHTS, key="src")
+    files.tensor_shapes(folder / WEIGHTS, key="src")
     return settings
 
 
@@ -100,86 +97,50 @@ def attach(lm: PreTrainedModel, folder: Path, named: str) -> Any:
         weights = load_file(folder / WEIGHTS)
         loaded = set_peft_model_state_dict(model, weights)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise bad_value("src", folder, f"the adapter does not fit base={named}: {reason[:200]}") from error
+        why = f"the adapter does not fit base={named}: {' '.join(str(error).split())[:200]}"
+        raise bad_value("src", folder, why) from error
     # a tied head shares rows with the embedding: PEFT keeps them once, but its files may contain them twice
     state, used = model.state_dict(), [weights[name] for name in weights.keys() - loaded.unexpected_keys]
     read = {value.data_ptr() for name, value in state.items() if name not in loaded.missing_keys}
     wanted = [name for name in loaded.missing_keys if "lora_" in name or "trainable_tokens" in name]
     unmatched = [name for name in wanted if state[name].data_ptr() not in read]
     unmatched += [name for name in loaded.unexpected_keys if not any(map(weights[name].equal, used))]
-    if unmatched:
-        why = f"the adapter does not fit base={named}: tensor {min(unmatched)} exists only in one of them"
-        raise bad_value("src", folder, why)
+    why = f"the adapter does not fit base={named}: tensor {min(unmatched, default='')} exists only in one of them"
+    require("src", folder, not unmatched, why)
     return model
 
 
-def is_pccot(folder: Path) -> bool:
-    """Whether a folder was written by PCCoT's training code."""
-    return (folder / PCCOT_ARGUMENTS).is_file()
-
-
-def pccot_settings(folder: Path, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a PCCoT model to record in `config.json`: its numbers of latents and sweeps.
+def read_pccot(folder: Path, tokenizer: Tokenizer) -> tuple[dict[str, Any], Tokenizer, Mapping[str, str]]:
+    """What the files of PCCoT's training code say, and the command to run the model.
 
     Args:
-        folder: folder of the training code.
-        arguments: content of its `pccot_args.json`.
-
-    Raises:
-        UsageError: a number is missing.
-    """
-    sweeps = checkpoint.read_json(folder, "config.json", key="src").get("num_iterations")
-    found = {"latents": arguments.get("num_latent_tokens"), "sweeps": sweeps}
-    lacking = [name for name, value in found.items() if not is_whole(value)]
-    if lacking:
-        raise bad_value("src", folder, f"{PCCOT_ARGUMENTS} and config.json do not contain the number of {lacking[0]}")
-    return found
-
-
-def check_projection(folder: Path, tensors: Iterable[str]) -> None:
-    """Check that the weights contain a projection if PCCoT's config says so.
-
-    Raises:
-        UsageError: they do not.
-    """
-    wanted = checkpoint.read_json(folder, "config.json", key="src").get("use_projection")
-    require(
-        "src",
-        folder,
-        not wanted or any(name.startswith("prj.") for name in tensors),
-        "config.json has use_projection=true, but there are no weights prj.*",
-    )
-
-
-def rename_latent_tokens(
-    folder: Path, arguments: Mapping[str, Any], tokenizer: Tokenizer
-) -> tuple[Tokenizer, Mapping[str, str]]:
-    """Give the latent tokens of PCCoT's tokenizer the names that other families use.
-
-    Args:
-        folder: folder of the training code.
-        arguments: content of its `pccot_args.json`.
+        folder: of the training code.
         tokenizer: that of the folder.
 
     Returns:
-        The new tokenizer, and the renamed tokens (old to new names).
+        What to record in `config.json`, the tokenizer whose latent tokens have the names of the other families, and
+        the renamed tokens (old to new names).
 
     Raises:
-        UsageError: the tokenizer does not have the tokens.
+        UsageError: a number is missing, or the tokenizer does not have the tokens.
     """
-    from tokenizers import Tokenizer
-
+    arguments = files.read_json(folder, PCCOT_ARGUMENTS, key="src")
+    sweeps = files.read_json(folder, "config.json", key="src").get("num_iterations")
+    recorded = {"latents": arguments.get("num_latent_tokens"), "sweeps": sweeps}
+    for name, value in recorded.items():
+        why = f"{PCCOT_ARGUMENTS} and config.json do not contain the number of {name}"
+        require("src", folder, is_whole(value), why)
     content = json.loads(tokenizer.to_str())
     added = {token["id"]: token for token in content["added_tokens"]}
     renamed = {}
     for key, name in TOKENS.items():
-        token = added.get(arguments.get(key))
-        if token is None:
-            raise UsageError(
-                f"src={folder}: {PCCOT_ARGUMENTS} has {key}={arguments.get(key)}, "
-                "which is not an added token in tokenizer.json"
-            )
-        renamed[token["content"]] = name
-        token["content"] = name
-    return Tokenizer.from_str(json.dumps(content)), renamed
+        place = arguments.get(key)
+        why = f"{PCCOT_ARGUMENTS} has {key}={place}, which is not an added token in tokenizer.json"
+        require("src", folder, place in added, why)
+        renamed[added[place]["content"]] = name
+        added[place]["content"] = name
+    log.info(
+        "a checkpoint of PCCoT: run the new folder with model=pccot model.latents=%d model.sweeps=%d "
+        "\"model.answer_prompt='%s'\"", *recorded.values(), arguments.get("answer_prompt", ""),
+    )  # fmt: skip
+    return {"latent_tts": recorded}, Tokenizer.from_str(json.dumps(content)), renamed

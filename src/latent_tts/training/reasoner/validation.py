@@ -117,7 +117,9 @@ class Validation:
                 rolled = engine.roll([adapter.encode(question) for question in part], draw, sampler)
                 texts = [adapter.answer_text(ids) for ids in rolled.answer_ids]
                 for place, question in enumerate(part):
-                    read = [rule.read(text, adapter) for text in texts[place * rollouts : (place + 1) * rollouts]]
+                    read = [
+                        adapter.read_answer(text, rule) for text in texts[place * rollouts : (place + 1) * rollouts]
+                    ]
                     solved += any(answer is not None and rule.is_right(answer, question.gold) for answer in read)
             shares.append(solved / len(questions))
         return {GREEDY: shares[0], COVERAGE.format(self.rollouts): shares[1]}
