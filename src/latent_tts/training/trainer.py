@@ -90,13 +90,9 @@ def training_arguments(
             "device", device, f"must be auto, cpu or cuda: each of the {processes} processes uses its own device"
         )
     shares = processes * optimization.accumulation
-    factors = f"({processes} processes * optimization.accumulation={optimization.accumulation})"
-    require(
-        "optimization.batch",
-        optimization.batch,
-        optimization.batch % shares == 0,
-        f"must be a multiple of {shares} {factors}",
-    )
+    factors = f"{processes} processes * optimization.accumulation={optimization.accumulation}"
+    divides = optimization.batch % shares == 0
+    require("optimization.batch", optimization.batch, divides, f"must be a multiple of {shares} ({factors})")
     arguments.per_device_train_batch_size = optimization.batch // shares
     arguments.per_device_eval_batch_size = optimization.batch
     return arguments
@@ -175,7 +171,9 @@ class ResumableTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save the trained weights; tied weights only once, as safetensors requires."""
-        super()._save(output_dir, {name: value.detach() for name, value in trained_parameters(self.model)})
+        super()._save(
+            output_dir, {name: value.detach() for name, value in trained_parameters(cast(nn.Module, self.model))}
+        )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a state, and the digests of its files."""
