@@ -193,9 +193,8 @@ class CheckpointAdapter:
     @cached_property
     def identity(self) -> str:
         """`digest`, and a digest of prompts and end tokens where files that it leaves out say what they are."""
-        of_config = self._special_ids("eos")["config.json"]
         beside = any((self.folder / name).is_file() for name in files.BESIDE_TOKENIZER)
-        if not beside and set(self.eos_ids) == set(of_config):
+        if not beside and set(self.eos_ids) == set(self._special_ids("eos")["config.json"]):
             return self.digest
         read = json.dumps([self.prompt_recipe, sorted(self.eos_ids)])
         return f"{self.digest}-{hashlib.sha256(read.encode()).hexdigest()[:6]}"
@@ -272,8 +271,7 @@ class CheckpointAdapter:
             bool(first),
             f"none of {', '.join(named)} names the token that ends an answer\nname it, as in model.eos='<|im_end|>'",
         )
-        markers = {self.tokenizer.token_to_id(token) for token in files.LATENT_TOKENS}
-        markers.update(*self._special_ids("pad").values())
+        markers = set(map(self.tokenizer.token_to_id, files.LATENT_TOKENS)).union(*self._special_ids("pad").values())
         everything = dict.fromkeys([first[0], *(token for ids in named.values() for token in ids)])
         return tuple(token for token in everything if token == first[0] or token not in markers)
 

@@ -471,14 +471,13 @@ def tokens_around(folder: Path, tokenizer: Tokenizer) -> dict[str, bool]:
 def chat_template(folder: Path) -> tuple[str | None, dict[str, str]]:
     """A checkpoint's Jinja template of chats (None if it has none), and the special tokens that it may name."""
     config = _read_optional(folder, "tokenizer_config.json")
-    texts = {name: _token_text(config.get(name)) for name in SPECIAL}
-    tokens = {name: text for name, text in texts.items() if text is not None}
+    tokens = {name: text for name in SPECIAL if (text := _token_text(config.get(name))) is not None}
     if (folder / CHAT_TEMPLATE).is_file():
         return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8"), tokens
     template = config.get("chat_template")
     if isinstance(template, list):  # several by name
-        named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
-        template = named.get("default")
+        named = (each for each in template if isinstance(each, dict) and each.get("name") == "default")
+        template = next(named, {}).get("template")
     return template if isinstance(template, str) else None, tokens
 
 

@@ -84,8 +84,8 @@ class Jsonl:
         Raises:
             UsageError: a row cannot be read, or only some rows have an answer; the error names file and line.
         """
-        source = f"task.path={self.path}"
-        return read_questions(file_rows(str(self.path)), self.rule, self.limit, source, gold_optional=True)
+        rows = file_rows(str(self.path))
+        return read_questions(rows, self.rule, self.limit, f"task.path={self.path}", gold_optional=True)
 
 
 def check_file(path: object) -> None:
@@ -207,8 +207,10 @@ def read_questions(
         if gold is None and not gold_optional:
             raise UsageError(f"{where} has no answer; each row needs question and answer; {_fields_of(row)}")
         if questions and (gold is None) != (questions[0].answer is None):
-            here, before = ("no answer", "one") if gold is None else ("an answer", "none")
-            raise UsageError(f"{where} has {here}, the rows before it have {before}: give all rows an answer, or none")
+            unlike = (
+                "no answer, the rows before it have one" if gold is None else "an answer, the rows before it have none"
+            )
+            raise UsageError(f"{where} has {unlike}: give all rows an answer, or none")
         digest = text_digest(text)
         seen[digest] += 1
         question_id = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"

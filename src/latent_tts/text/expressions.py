@@ -44,7 +44,10 @@ def canonical(text: str) -> str | None:
         value = _value(text) if readable else None
         if value is None:
             return None
-        written = _print(value)
+        words = {symbol: rf"\text{{{symbol}}}" for symbol in value.free_symbols if len(symbol.name) > 1}
+        written = sympy.latex(value, symbol_names=words)
+        if value.is_Rational:
+            written = write_fraction(Fraction(int(value.p), int(value.q)))
         return written if _value(written) == value else text
     except OverflowError:
         return None
@@ -128,10 +131,3 @@ def _evaluated(expression: Any) -> Any:
 def _bits(number: Any) -> int:
     """Bits of the numerator or denominator of a fraction, whichever has more; 1 for anything else."""
     return max(int(number.p).bit_length(), int(number.q).bit_length()) if number.is_Rational else 1
-
-
-def _print(value: Any) -> str:
-    if value.is_Rational:
-        return write_fraction(Fraction(int(value.p), int(value.q)))
-    words = {symbol: rf"\text{{{symbol}}}" for symbol in value.free_symbols if len(symbol.name) > 1}
-    return sympy.latex(value, symbol_names=words)

@@ -60,8 +60,8 @@ def codi_backbone(
     factors = {name: value for name, value in tensors.items() if ".lora_" in name or ".modules_to_save." in name}
     tensors = {name.removeprefix(joining.PREFIX).replace(".base_layer.", "."): value
                for name, value in tensors.items() if name not in factors}  # fmt: skip
-    settings = {"lora_alpha": alpha, "transposed": kind == joining.TRANSPOSED}
     factors = {name.replace(".default.", "."): value for name, value in factors.items()}
+    settings = {"lora_alpha": alpha, "transposed": kind == joining.TRANSPOSED}
     tensors = joining.add_adapter(tensors, factors, settings, "codi.*", "src")
     projector, rest = _below("prj.", rest)
     require(
