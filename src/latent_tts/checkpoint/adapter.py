@@ -166,8 +166,7 @@ class CheckpointAdapter:
             found = shapes.get(prefix + name)
             require("model.checkpoint", self.folder, found is not None, f"the {part} lacks {prefix}{name}")
             allowed = f"with the backbone's width of {self.width} it must be {shape}"
-            why = f"{prefix}{name} has the shape {found}; {allowed}"
-            require("model.checkpoint", self.folder, found == shape, why)
+            require("model.checkpoint", self.folder, found == shape, f"{prefix}{name} has the shape {found}; {allowed}")
 
     def check_tokens(self) -> None:
         """Check that the tokenizer has what prompts are made of; raises UsageError."""
@@ -258,8 +257,12 @@ class CheckpointAdapter:
             chosen = self.eos if isinstance(self.eos, list | tuple) else [self.eos]
             ids = [self.tokenizer.token_to_id(token) if isinstance(token, str) else token for token in chosen]
             known = [token for token in ids if files.is_token(token, self.tokenizer)]
-            allowed = f"must be a token of {self.checkpoint}, by its text or id, or a list of them"
-            require("model.eos", self.eos, bool(known) and known == ids, allowed)
+            require(
+                "model.eos",
+                self.eos,
+                bool(known) and known == ids,
+                f"must be a token of {self.checkpoint}, by its text or id, or a list of them",
+            )
             return tuple(dict.fromkeys(known))
         named = self._special_ids("eos")
         of_tokenizer = named["tokenizer_config.json"]

@@ -133,8 +133,11 @@ def file_rows(path: str) -> Iterator[Row]:
                         raise UsageError(f"{where} is not JSON ({error}){hint}") from error
                     yield where, _checked(where, row)
     except UnicodeDecodeError as error:
-        why = f"is no text in UTF-8 ({error}); if it is compressed, its name must end in .gz; {JSON_LINES}"
-        raise bad_value("task.path", path, why) from error
+        raise bad_value(
+            "task.path",
+            path,
+            f"is no text in UTF-8 ({error}); if it is compressed, its name must end in .gz; {JSON_LINES}",
+        ) from error
     except (OSError, EOFError, zlib.error) as error:
         raise bad_value("task.path", path, f"cannot be read ({error})") from error
 
@@ -149,7 +152,8 @@ def _list_rows(where: str, file: TextIO, text: str) -> Iterator[Row]:
     """
     number = 1
     while not (text := text.lstrip()).startswith("]"):
-        found, row, problem = None, None, "a comma or the end of the list must follow it"
+        found = row = None
+        problem = "a comma or the end of the list must follow it"
         try:
             row, end = DECODER.raw_decode(text)
             found = AFTER_ROW.match(text, end)

@@ -63,8 +63,12 @@ def convert_checkpoint(
     whole = src.is_dir() and any((src / name).is_file() for name in (files.ADAPTER, peft.PCCOT_ARGUMENTS))
     beside, pickles = (src, []) if whole else find_weights(src)
     folders = [tokenizer, beside] if tokenizer is not None else [beside]
-    why = "lacks tokenizer.json\ngive the folder of the base model's tokenizer as tokenizer=FOLDER"
-    require("tokenizer" if tokenizer else "src", folders[0], (folders[0] / "tokenizer.json").is_file(), why)
+    require(
+        "tokenizer" if tokenizer else "src",
+        folders[0],
+        (folders[0] / "tokenizer.json").is_file(),
+        "lacks tokenizer.json\ngive the folder of the base model's tokenizer as tokenizer=FOLDER",
+    )
     words = files.load_tokenizer(folders[0])
     renamed: Mapping[str, str] = {}
     if whole:
@@ -163,8 +167,11 @@ def convert_state(
     try:
         tied = AutoConfig.for_model(**settings).tie_word_embeddings
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        why = f"transformers has no such model: {' '.join(str(error).split())[:160]}"
-        raise bad_value("config", settings.get("model_type"), why) from error
+        raise bad_value(
+            "config",
+            settings.get("model_type"),
+            f"transformers has no such model: {' '.join(str(error).split())[:160]}",
+        ) from error
     tensors = layouts.deduplicate_embeddings(backbone, tied=tied)
     rows = next(tensors[name].shape[0] for name in layouts.EMBEDDINGS if name in tensors)
     layouts.name_latent_tokens(tokenizer, family, rows=rows, vocabulary=settings.get("vocab_size"))
@@ -206,8 +213,12 @@ def convert_folder(
         tensors, settings = loading.load_tensors(src, ""), files.read_config(src)
         settings["model_type"] = str(settings.get("model_type")).removeprefix("pccot-")
     wanted = is_pccot and files.read_json(src, "config.json", key="src").get("use_projection")
-    why = "config.json has use_projection=true, but there are no weights prj.*"
-    require("src", src, not wanted or any(name.startswith("prj.") for name in tensors), why)
+    require(
+        "src",
+        src,
+        not wanted or any(name.startswith("prj.") for name in tensors),
+        "config.json has use_projection=true, but there are no weights prj.*",
+    )
     return tensors, settings | recorded, tokenizer, renamed
 
 

@@ -99,8 +99,12 @@ def deduplicate_embeddings(backbone: Mapping[str, Tensor], *, tied: bool) -> dic
     require("src", place, bool(copies), "missing: the file contains no input embedding")
     first, *others = copies
     for name in others:
-        why = f"differs from {first}, although the config ties them; check tie_word_embeddings"
-        require("src", name, copies[first].equal(copies[name]), why)
+        require(
+            "src",
+            name,
+            copies[first].equal(copies[name]),
+            f"differs from {first}, although the config ties them; check tie_word_embeddings",
+        )
     if any(name.startswith("model.") for name in tensors):
         place = EMBEDDINGS[1]
     return {**tensors, place: copies[first]}
