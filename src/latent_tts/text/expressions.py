@@ -20,6 +20,7 @@ from sympy.functions.combinatorial.factorials import CombinatorialFunction
 from latent_tts.text.number import write_fraction
 
 MAX_BITS = 10_000  # of a number that is written out
+MIN_DIFFERENCE = 1e-5  # relative; of numbers that differ by more math-verify may take long to say so
 MAX_POWER = 1000  # below which a sum is multiplied out
 
 DELIMITER = re.compile(r"(?<!\\)(\$|\\\(|\\\[)")
@@ -60,6 +61,12 @@ def equal(prediction: str, gold: str) -> bool:
 
     Source: math-verify `verify`, with its default settings (decimals are compared to 6 places).
     """
+    try:
+        one, other = (complex(_value(text)) for text in (prediction, gold))
+        if abs(one - other) > MIN_DIFFERENCE * max(1.0, abs(one), abs(other)):
+            return False
+    except Exception:
+        pass  # not numbers, or sympy fails: math-verify has other ways to compare
     try:
         return verify(_expression(gold), _expression(prediction), timeout_seconds=0)
     except Exception:
