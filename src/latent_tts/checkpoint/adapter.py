@@ -14,17 +14,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
+
+from tokenizers import Tokenizer
 
 from latent_tts.checkpoint import files, joining
 from latent_tts.errors import UsageError, as_typed, is_whole, require
+from latent_tts.schedule import Schedule
 from latent_tts.text.answer import AnswerRule
 from latent_tts.types import Question, Reasoner
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-    from latent_tts.schedule import Schedule
 
 log = logging.getLogger(__name__)
 MAX_WORDS = 120  # of a vocabulary that an error lists
@@ -57,7 +55,7 @@ class CheckpointAdapter:
     eos: str | int | Sequence[str | int] | None = None
 
     family: ClassVar[str]
-    question_end: ClassVar[str]  # written between the question and <|start-latent|>
+    question_end: ClassVar[str] = ""  # written between the question and <|start-latent|>
 
     def __post_init__(self) -> None:
         require(
@@ -352,8 +350,8 @@ class CheckpointAdapter:
         return rule.parse((self.decimal_answer if rule.name == "decimal" else self.answer_span)(answer_text))
 
     def answer_span(self, answer_text: str) -> str | None:
-        """The part of an answer's text that holds the answer, unchanged: all of it, unless a family says otherwise."""
-        return answer_text.strip()
+        """The part of an answer's text that holds the answer, unchanged: what follows the last `#`, or all of it."""
+        return answer_text.rpartition("#")[2].strip()
 
     def decimal_answer(self, answer_text: str) -> str | None:
         """The number in an answer's text: the answer, unless a family's own evaluation reads numbers in another way."""

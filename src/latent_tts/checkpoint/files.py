@@ -72,9 +72,6 @@ BIDIRECTIONAL = (
     *("electra", "ernie", "data2vec-text", "megatron-bert", "rembert", "roformer", "big_bird", "roc_bert", "xmod"),
     "mobilebert",
 )
-# sizes of what each layer looks up for a token's id; a latent has none
-PER_LAYER_INPUTS = ("hidden_size_per_layer_input", "vocab_size_per_layer_input")
-WITHOUT_CACHE = ("openai-gpt", "xlnet", "xlm", "flaubert")  # in transformers
 PLAIN_DTYPES = ("F64", "F32", "BF16", "F16")
 OPTIONAL_SIZES = {"n_head", "n_inner", "num_key_value_heads", "head_dim"}  # missing or null: transformers' own
 LATENT_TOKENS = ("<|latent|>", "<|start-latent|>", "<|end-latent|>")
@@ -254,9 +251,11 @@ def check_decoder(config: Mapping[str, Any], folder: Path, *, key: str = MODEL_K
         f"in a {kind} model tokens attend to those after them; {why}": (
             kind in BIDIRECTIONAL and not config.get("is_decoder")
         ),
-        f"a {kind} model keeps no keys and values of earlier tokens; {why}": kind in WITHOUT_CACHE,
+        f"a {kind} model keeps no keys and values of earlier tokens; {why}": (
+            kind in ("openai-gpt", "xlnet", "xlm", "flaubert")  # in transformers
+        ),
         f"in a {kind} model every layer looks a token's id up; latents have none": (
-            all(config.get(name) for name in PER_LAYER_INPUTS)
+            config.get("hidden_size_per_layer_input") and config.get("vocab_size_per_layer_input")
         ),
         f"config.json has num_key_value_heads={keys}, must be {queries}: with kv_lora_rank, keys have as many heads as "
         "queries": config.get("kv_lora_rank") and None not in (queries, keys) and queries != keys,

@@ -29,8 +29,10 @@ RECORD, WEIGHTS, OWN, PROBE = "latent_tts.json", "adapter_model.safetensors", "o
 PREFIX = "base_model.model."  # of PEFT's names
 ROWS, FACTORS = ".token_adapter.trainable_tokens_delta", (".lora_A.weight", ".lora_B.weight")
 # options of PEFT that a product alpha / rank * B A does not cover
-PLAIN: dict[str, Any] = {"peft_type": "LORA", "bias": "none", "use_rslora": False, "use_dora": False}
-PLAIN |= {"alpha_pattern": {}, "rank_pattern": {}, "target_parameters": None}
+PLAIN: dict[str, Any] = {
+    **{"peft_type": "LORA", "bias": "none", "use_rslora": False, "use_dora": False},
+    **{"alpha_pattern": {}, "rank_pattern": {}, "target_parameters": None},
+}
 TRANSPOSED = "gpt2"  # the kind of model with layers that keep their weights transposed (Conv1D): these
 TRANSPOSED_LAYERS = ("c_attn", "c_proj", "c_fc")
 TOLERANCE = 1e-3

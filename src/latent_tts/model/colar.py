@@ -36,7 +36,6 @@ class Colar(CheckpointAdapter):
     thinking_speed: int = 2
 
     family = "CoLaR"
-    question_end = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()

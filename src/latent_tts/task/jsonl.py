@@ -10,13 +10,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from difflib import get_close_matches
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from latent_tts.errors import UsageError, bad_value, check_fields, require
+from latent_tts.errors import UsageError, bad_value, check_fields, closest, require
 from latent_tts.text.answer import RULES, AnswerRule
 from latent_tts.text.number import canonical_number
 from latent_tts.types import Question, text_digest
@@ -236,9 +235,11 @@ def _gold(where: str, row: Mapping[str, Any], rule: AnswerRule) -> str | None:
     answer = row.get("answer")
     if _is_blank(answer):
         similar = {key.casefold(): key for key in row if key != "answer"}
-        others = [name for name in ANSWER_NAMES if name in similar]
-        if meant := others or get_close_matches("answer", similar, n=1, cutoff=0.65):
-            raise UsageError(f"{where} has no answer; did you mean answer by {_short(repr(similar[meant[0]]))}?")
+        meant = next((name for name in ANSWER_NAMES if name in similar), None) or closest(
+            "answer", similar, cutoff=0.65
+        )
+        if meant is not None:
+            raise UsageError(f"{where} has no answer; did you mean answer by {_short(repr(similar[meant]))}?")
         return None
     is_number = isinstance(answer, int | float | Decimal) and not isinstance(answer, bool)
     if not is_number and not isinstance(answer, str):

@@ -13,11 +13,12 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from tokenizers import AddedToken, Tokenizer
+
 from latent_tts.checkpoint import joining
 from latent_tts.errors import UsageError, require
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from torch import Tensor
 
 # in the order in which the training codes assign ids; CODI's first one is its padding token, never fed
@@ -145,8 +146,6 @@ def name_latent_tokens(tokenizer: Tokenizer, family: str, *, rows: int, vocabula
     known = [tokenizer.token_to_id(token) for token in order]
     if all(token_id is not None and token_id < rows for token_id in known):
         return
-    from tokenizers import AddedToken
-
     size = tokenizer.get_vocab_size(with_added_tokens=True)
     first = vocabulary if family == "CODI" and vocabulary not in (None, rows) else size
     assert first is not None
