@@ -231,10 +231,8 @@ def winner_figures(spec: RunSpec, drawn: RunRollouts, winners: Winners, rollouts
             decoding = spec.rollout_gflop(question, steps_N[own], tokens_1, conflicts_N[own], scored=False)
             gflops_Q.append(sum(shared + each_N.sum() for shared, each_N in (thinking, decoding)))
         diversity_Q = diversities(drawn.dissimilarity_RT, n, budget)
-        measured = {}
-        if budget == max(winners.picks):
-            sums = pd.concat([rollouts[list(MEASURED_SUMS)], winners.decoding.iloc[places]])
-            measured = measured_figures(sums, rollouts, len(pick_Q), budget)
+        sums = pd.concat([rollouts[list(MEASURED_SUMS)], winners.decoding.iloc[places]])
+        measured = measured_figures(sums, rollouts, len(pick_Q), budget) if budget == max(winners.picks) else {}
         figures.append(
             Figures.of(
                 budget, budget, measured,
