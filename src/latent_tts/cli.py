@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
-from pathlib import Path
 from typing import Any
 
 from latent_tts.config.error_text import KEPT, is_refused, log_to_files, say
@@ -94,13 +93,10 @@ def entry() -> None:
     try:
         code = main()
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of stdout is gone, as with `| head`: end as other programs do
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 128 + signal.SIGPIPE
-    except OSError as error:  # stdout is on a disk that is full, say
+    except OSError as error:  # stdout is on a disk that is full, or its reader is gone, as with `| head`
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = say(error)
+        code = 128 + signal.SIGPIPE if isinstance(error, BrokenPipeError) else say(error)
     except KeyboardInterrupt:  # before the command began
         print("interrupted: nothing was begun", file=sys.stderr)
         code = 128 + signal.SIGINT
@@ -132,7 +128,7 @@ def _overrides(name: str, arguments: list[str]) -> list[str]:
         _check_argument(name, before, argument, after)
         if is_flag or is_value:
             flags.append(argument)
-        elif "=" in argument and not (names and _exists(argument)) and meant.is_override(command, argument):
+        elif "=" in argument and not (names and meant.is_path(argument)) and meant.is_override(command, argument):
             others.append(argument)
         elif names:
             positional.setdefault(names[0].rstrip("*?"), []).append(meant.quoted(argument))
@@ -173,21 +169,13 @@ def _check_argument(name: str, before: str, argument: str, after: str | None) ->
         known = [*FLAGS_OF_COMMAND.get(name, ()), *FLAGS, *FLAGS_WITH_VALUE]
         key = meant.key_of_flag(name.replace("-", "_"), argument, after)
         hint = did_you_mean(key or closest(argument, known))
-        if COMMANDS[name][1] and _exists(argument):
+        if COMMANDS[name][1] and meant.is_path(argument):
             hint = f"the file or folder is ./{argument}; "
         raise UsageError(f"{argument}: no such flag; {hint}one of {', '.join(known)}")
     if is_value and argument not in FLAG_CHOICES.get(before, [argument]):
         raise UsageError(f"{before} {argument}: must be one of {', '.join(FLAG_CHOICES[before])}")
     if argument in FLAG_CHOICES and after is None:
         raise UsageError(f"{argument}: needs one of {', '.join(FLAG_CHOICES[argument])} after it")
-
-
-def _exists(path: str) -> bool:
-    """Whether an argument names a file or folder."""
-    try:
-        return Path(path).expanduser().exists()
-    except (OSError, RuntimeError, ValueError):  # too long, no home, a null character
-        return False
 
 
 def _run_hydra(name: str, *, wants_traceback: bool) -> int:

@@ -13,7 +13,8 @@ from typing import Any, TypeGuard
 
 LESS_MEMORY = " (a smaller engine.rows needs less memory)"
 
-DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
+DEVICE = "one of auto, cpu, cuda, cuda:INDEX"  # whether it exists is checked where it is used
+SEED = "0 or more"
 # what moves a terminal's cursor, changes its colours or the direction of text
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff]")
 
@@ -100,6 +101,8 @@ def is_whole(value: object) -> TypeGuard[int]:
 
 
 VALUE_KINDS: dict[str, Callable[[Any], bool]] = {  # of values, as errors call them
+    DEVICE: lambda value: isinstance(value, str) and re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", value) is not None,
+    SEED: lambda value: is_whole(value) and value >= 0,
     "a positive integer": lambda value: is_whole(value) and 0 < value <= sys.maxsize,
     "an integer, 0 or more": lambda value: is_whole(value) and 0 <= value <= sys.maxsize,
     "a positive number": lambda value: is_number(value) and value > 0,
@@ -131,17 +134,6 @@ def check_fields(group: str, option: object, **kinds: str | Iterable[str]) -> No
             words = list(kind)
             ok, kind = value in words, " or ".join(words) if len(words) == 2 else f"one of {', '.join(words)}"
         require(f"{group}.{name}".lstrip("."), value, ok, f"must be {kind}")
-
-
-def check_device(key: str, device: object) -> None:
-    """Raise the usual error unless a device has a known name; whether it exists is checked where it is used."""
-    known = isinstance(device, str) and DEVICE.fullmatch(device) is not None
-    require(key, device, known, "must be one of auto, cpu, cuda, cuda:INDEX")
-
-
-def check_seed(seed: int) -> None:
-    """Raise the usual error unless a seed is 0 or more."""
-    require("seed", seed, is_whole(seed) and seed >= 0, "must be 0 or more")
 
 
 @contextmanager

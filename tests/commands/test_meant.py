@@ -77,7 +77,7 @@ def test_a_path_with_an_equals_sign_that_is_not_there(ltts):
         ("run sampler=gausian", ["did you mean gaussian?"]),
         ("run task.path=x", ["task.path: no such key", "task=jsonl"]),
         ("rum", ["did you mean run?"]),
-        ("run aggregator=null", ["aggregator=null: no such option", "majority"]),
+        ("run aggregator=null", ["aggregator=null: must be a list of best_of_n, ", "majority"]),
         (
             "run task=[arith,jsonl]",
             ["task=[arith,jsonl]: must be one of arith, ", "; -m task=arith,jsonl runs a job for"],
@@ -102,7 +102,7 @@ def test_a_path_with_an_equals_sign_that_is_not_there(ltts):
         ("run answer=[1]", ["answer=[1]: must be a mapping"]),
         ("tune dtypes={}", ["dtypes={}: must be a list, as in dtypes=[A,B]"]),
         ("cache action=[list]", ["action=['list']: must be text"]),
-        ("run schedule=nan", ["schedule=nan: no such option", "sequential"]),
+        ("run schedule=nan", ["schedule=nan: must be one of auto, ", "sequential"]),
         ("run task=[1,2]", ["task=[1,2]: must be one of arith, "]),
         ("run aggregator=[]", ["aggregator: needs a value"]),
         ("run n=null", ["n: needs a value"]),

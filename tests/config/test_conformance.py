@@ -11,7 +11,7 @@ import pytest
 import yaml
 from oracle import Oracle
 
-from latent_tts.config.conformance import KnownFigure, judge
+from latent_tts.config.conformance import KnownFigure, find_known
 from latent_tts.engine.rollout import RolloutPlan
 from latent_tts.errors import RunError
 from latent_tts.model.codi import Codi
@@ -112,7 +112,8 @@ def table(**changes: object) -> pd.DataFrame:
 
 @pytest.mark.parametrize(("value", "conforms"), [(0.5, True), (0.52, True), (0.48, True), (0.53, False), (0.47, False)])
 def test_the_tolerance_includes_its_ends(value, conforms):
-    assert judge(table(value=value), [FIGURE]).conforms is conforms
+    row, known = find_known(table(value=value), [FIGURE])
+    assert bool(known.conforms(row["value"])) is conforms
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ def test_the_tolerance_includes_its_ends(value, conforms):
 )
 def test_what_cannot_be_compared_is_not_judged(changes, words):
     with pytest.raises(RunError, match=words):
-        judge(table(**changes), [FIGURE])
+        find_known(table(**changes), [FIGURE])
 
 
 def test_the_embedded_reasoners_figure_is_its_cards():

@@ -142,8 +142,8 @@ def test_text_of_data_is_never_an_interpolation(value):
         (["replay", "budget=adaptive"], lambda record: record["config"].update(seed=["x"]), "seed=['x']"),
         (
             ["replay", "budget=adaptive"],
-            lambda record: record["config"]["answer"].update(forced_prefix=1.5),
-            "answer.forced_prefix=1.5",
+            lambda record: record["config"]["answer"].update(forced_prefix=[1.5]),
+            "answer.forced_prefix=[1.5]: must be text",
         ),
         (
             ["compare"],

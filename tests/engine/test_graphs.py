@@ -261,14 +261,6 @@ def test_without_answers_each_batch_has_its_own_numbers_of_latents():
         assert found.steps_R.tolist() == wanted.steps_R.tolist()
 
 
-def test_the_window_grows_with_what_is_used(monkeypatch):
-    monkeypatch.setattr(graphs, "MIN_LENGTH", 4)
-    eager, graphed, recorders = both(answer=5, ends=False)
-    for number, lengths in enumerate([[9, 13], [12, 9], [15, 7]]):
-        assert_same(rolled(graphed, NOISE, number, lengths), rolled(eager, NOISE, number, lengths))
-    assert recorders[0].recorded == 5  # prompts, latents, the first token, and the others in windows of 4 and 8
-
-
 @pytest.mark.parametrize(("family", "sampler", "plan"), [FEW[0], slow(*FEW[3])])
 def test_long_prompts_are_not_recorded(monkeypatch, family, sampler, plan):
     monkeypatch.setattr(graphs, "PROMPT_TOKENS", 0)

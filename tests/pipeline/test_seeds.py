@@ -24,6 +24,7 @@ def finished(seed, *, sampler="gaussian", all_decoded=True, order=slice(None)):
     size = QUESTIONS * DRAWN
     rollouts = pd.DataFrame(
         {
+            "question_index": np.repeat(np.arange(QUESTIONS), DRAWN),
             "question_id": np.repeat(np.array([f"q{i}" for i in range(QUESTIONS)])[order], DRAWN),
             "rollout": np.tile(np.arange(DRAWN), QUESTIONS),
             "prediction": pd.array(predictions[order].ravel(), dtype=object),

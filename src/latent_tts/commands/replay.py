@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from latent_tts.config.build import in_sweep, output_dir
 from latent_tts.config.recorded import finish_sweep as finish_sweep  # hydra_plugins/tolerant_sweeper.py calls it
-from latent_tts.config.recorded import recorded, recorded_run
+from latent_tts.config.recorded import recorded_run
 from latent_tts.config.requests import run_request
 from latent_tts.errors import require
 from latent_tts.pipeline import replaying, rescoring
@@ -46,9 +46,7 @@ def main(cfg: DictConfig) -> None:
 
 def merged_config(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
     """The run's config with this command's budget, n and range of scores in it."""
-    merged = recorded_run(record, ("model", "task", "sampler", "schedule", "search", "scorer"), cfg)
-    merged.aggregator = {name: recorded("aggregator", node, cfg) for name, node in record["aggregators"].items()}
-    merged.budget = OmegaConf.create(OmegaConf.to_container(cfg.budget, resolve=False))
+    merged = recorded_run(record, cfg, own=["budget"])
     merged.n = cfg.n or merged.n
     if cfg.scorer.range is not None:
         merged.scorer.range = list(cfg.scorer.range)

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from latent_tts.config.build import in_sweep, output_dir
 from latent_tts.config.recorded import finish_sweep as finish_sweep  # hydra_plugins/tolerant_sweeper.py calls it
@@ -64,10 +64,6 @@ def main(cfg: DictConfig) -> None:
 
 def merged_config(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
     """The run's config with this command's scorer, aggregators, device, rows and cache in it."""
-    merged = recorded_run(record, ("model", "task", "sampler", "schedule", "search", "budget"), cfg)
-    for key in ("scorer", "aggregator"):
-        # unresolved, so that `${model...}` finds the run's model
-        merged[key] = OmegaConf.create(OmegaConf.to_container(cfg[key], resolve=False))
-    merged.engine.device, merged.engine.rows = cfg.engine.device, cfg.engine.rows
-    merged.cache, merged.paths.cache = "on", cfg.paths.cache or merged.paths.cache
+    merged = recorded_run(record, cfg, own=["scorer", "aggregator"])
+    merged.paths.cache = cfg.paths.cache or merged.paths.cache
     return merged

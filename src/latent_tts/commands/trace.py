@@ -10,7 +10,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from latent_tts.config.build import given_values, is_given, output_dir
-from latent_tts.config.recorded import recorded, recorded_run
+from latent_tts.config.meant import is_path
+from latent_tts.config.recorded import recorded_run
 from latent_tts.config.requests import beside_option, changed_settings, run_request, with_texts
 from latent_tts.errors import UsageError, require
 from latent_tts.pipeline import rescoring
@@ -50,7 +51,7 @@ def main(cfg: DictConfig) -> None:
     if source is None:
         for text in map(str, cfg.question):
             why = f"is a run's folder; ltts trace run={text} shows its first question, ltts trace ID run={text} one"
-            require("question", text, not is_run(text), why)
+            require("question", text, not (is_path(text) and is_complete(Path(text).expanduser())), why)
         request = with_texts(request, list(cfg.question))
         if isinstance(request.task, Asked) and not request.task.texts:
             raise UsageError('no question; ltts trace "QUESTION", ltts trace ID run=FOLDER, or ltts trace --example')
@@ -86,14 +87,6 @@ def main(cfg: DictConfig) -> None:
         done.verification.check()
 
 
-def is_run(text: str) -> bool:
-    """Whether a text is the folder of a completed run."""
-    try:
-        return is_complete(Path(text).expanduser())
-    except (OSError, RuntimeError, ValueError):  # too long, no home, a null character
-        return False
-
-
 def merged_config(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
     """The run's config, with this command's device, rows and cache in it.
 
@@ -103,9 +96,7 @@ def merged_config(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
     for key, value in given_values().items():
         allowed = f"run={cfg.run} has its own; with run, only these keys can be given: {', '.join(OWN_KEYS)}"
         require(key, value, key in OWN_KEYS or key.startswith("hydra"), allowed)
-    merged = recorded_run(record, ("model", "task", "sampler", "schedule", "search", "scorer", "budget"), cfg)
-    merged.aggregator = {name: recorded("aggregator", node, cfg) for name, node in record["aggregators"].items()}
-    merged.cache, merged.engine.device, merged.engine.rows = "on", cfg.engine.device, cfg.engine.rows
+    merged = recorded_run(record, cfg)
     if is_given("paths.cache"):
         merged.paths.cache = cfg.paths.cache
     return merged

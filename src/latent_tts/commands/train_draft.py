@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from latent_tts.checkpoint.draft import DraftRecord
 from latent_tts.config.requests import drawing_options, engine_settings
-from latent_tts.errors import LESS_MEMORY, check_fields, check_seed, computing, require
+from latent_tts.errors import LESS_MEMORY, SEED, check_fields, computing, require
 from latent_tts.pipeline.spec import encode_prompts, reserved_positions
 from latent_tts.results import report
 from latent_tts.results.files import locked_folder, whole_file
@@ -28,8 +28,7 @@ def main(cfg: DictConfig) -> None:
     """
     engine = engine_settings(cfg.engine)
     counts = dict.fromkeys(("updates", "batch", "valid_questions"), "a positive integer")
-    check_fields("", cfg, **counts, lr="a positive number")
-    check_seed(cfg.seed)
+    check_fields("", cfg, **counts, lr="a positive number", seed=SEED)
     sampler, task, adapter = drawing_options(cfg)
     require("model", adapter.name, adapter.own_schedule is None, "has its own sweeps, which take no draft")
     require("model.latents", adapter.latents, adapter.latents >= 2, "must be 2 or more: a draft predicts h_2 and later")

@@ -12,7 +12,7 @@ from latent_tts.checkpoint import files as checkpoint
 from latent_tts.checkpoint import joining
 from latent_tts.config import build as config
 from latent_tts.config.requests import plain
-from latent_tts.errors import UsageError, bad_value, check_device, check_fields, check_seed, computing, require
+from latent_tts.errors import DEVICE, SEED, UsageError, bad_value, check_fields, computing, require
 from latent_tts.results import report
 from latent_tts.results.files import locked_folder
 from latent_tts.task import Task
@@ -110,9 +110,7 @@ def check_values(cfg: DictConfig) -> None:
         UsageError: a value is not allowed.
     """
     counts = dict.fromkeys(("save_every", "valid_questions"), "a positive integer")
-    check_fields("", cfg, **counts, init_vocabulary=("all", "used"))
-    check_seed(cfg.seed)
-    check_device("device", cfg.device)
+    check_fields("", cfg, **counts, init_vocabulary=("all", "used"), seed=SEED, device=DEVICE)
     if config.is_given("model.checkpoint"):
         raise bad_value("model.checkpoint", cfg.model.checkpoint, f"to train from it give init={cfg.model.checkpoint}")
 

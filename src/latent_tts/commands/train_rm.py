@@ -13,16 +13,16 @@ from latent_tts.checkpoint import joining
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.config import build as config
 from latent_tts.config.requests import annotated_run, default_annotation_spec, plain, run_request
-from latent_tts.errors import check_device, check_fields, check_seed, computing, require
+from latent_tts.errors import DEVICE, SEED, check_fields, computing, require
 from latent_tts.pipeline.annotation import annotate
 from latent_tts.pipeline.keys import model_key
 from latent_tts.pipeline.spec import check_run
 from latent_tts.pipeline.temperature import choose_temperature, write_temperature
 from latent_tts.results import report
 from latent_tts.results.files import locked_folder
+from latent_tts.training.optimization import RewardOptimization
 from latent_tts.training.reward_model.data import open_questions
 from latent_tts.training.reward_model.loss import RewardLoss
-from latent_tts.training.reward_model.optimization import RewardOptimization
 from latent_tts.training.states import FINISHED, STATES, claim, log_once_per_launch
 
 log = logging.getLogger(__name__)
@@ -44,9 +44,7 @@ def main(cfg: DictConfig) -> None:
 
 def train(cfg: DictConfig) -> None:
     """The command, in a folder that no other process writes to."""
-    check_fields("", cfg, init=INITS, weights_dtype=DTYPES)
-    check_seed(cfg.seed)
-    check_device("device", cfg.device)
+    check_fields("", cfg, init=INITS, weights_dtype=DTYPES, seed=SEED, device=DEVICE)
     output = Path(cfg.output).expanduser()
     config.build("sampler", cfg.sampler)  # a wrong value is refused even where nothing has to be annotated
     loss: RewardLoss = config.build("loss", cfg.loss)
@@ -133,19 +131,12 @@ def note(figures: Mapping[str, float]) -> str:
 
 def show(results: Mapping[str, Any]) -> None:
     """Print the figures on the validation questions as a table."""
-    rows = [
-        ["chosen by LatentRM", percent(results["valid_selection_accuracy"])],
-        ["random choice", percent(results["valid_chance"])],
-    ]
-    everything = results["valid_selection_accuracy_of_all"]
-    if everything is not None:
-        rows.append(["chosen by LatentRM, with the questions that leave no choice", percent(everything)])
+    shares = {
+        "chosen by LatentRM": results["valid_selection_accuracy"],
+        "random choice": results["valid_chance"],
+        "chosen by LatentRM, with the questions that leave no choice": results["valid_selection_accuracy_of_all"],
+    }
+    rows = [[what, f"{100 * share:.1f}"] for what, share in shares.items() if share is not None]
     questions = f"{results['valid_questions']} questions with both right and wrong rollouts"
-    chosen = results.get("chosen_update", "?")  # earlier versions did not write it
-    title = f"right on valid ({questions}), weights of update {chosen} of {results['updates']}"
+    title = f"right on valid ({questions}), weights of update {results['chosen_update']} of {results['updates']}"
     report.print_table(title, ["", "%"], rows)
-
-
-def percent(share: float) -> str:
-    """A share in percent."""
-    return f"{100 * share:.1f}"

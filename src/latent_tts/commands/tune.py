@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from latent_tts.config.reference import user_conf_dir
 from latent_tts.config.requests import drawing_options, engine_settings
-from latent_tts.errors import bad_value, check_fields, check_seed, require
+from latent_tts.errors import SEED, bad_value, check_fields, require
 from latent_tts.pipeline import environment
 from latent_tts.pipeline.spec import BYTES_PER_NUMBER, SHORT_DTYPES, encode_prompts, reserved_positions
 from latent_tts.results import report
@@ -68,8 +68,7 @@ def check_values(cfg: DictConfig) -> Sequence[str]:
     Raises:
         UsageError: a value is not allowed.
     """
-    check_fields("", cfg, n="a positive integer", seconds="a positive number")
-    check_seed(cfg.seed)
+    check_fields("", cfg, n="a positive integer", seconds="a positive number", seed=SEED)
     allowed = f"must be a list out of {', '.join(BYTES_PER_NUMBER)}"
     require("dtypes", "[]", len(cfg.dtypes) > 0, allowed)
     dtypes = [SHORT_DTYPES.get(dtype, dtype) for dtype in map(str, cfg.dtypes)]

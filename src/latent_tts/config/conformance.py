@@ -45,29 +45,13 @@ class KnownFigure:
     def __str__(self) -> str:
         return f"{self.model} on {self.task}/{self.split}"
 
-
-@dataclass(frozen=True)
-class Verdict:
-    """A run's greedy accuracy beside the known one.
-
-    Attributes:
-        known: what was expected.
-        accuracy, low, high: what the run has, with its 95 % interval.
-    """
-
-    known: KnownFigure
-    accuracy: float
-    low: float
-    high: float
-
-    @property
-    def conforms(self) -> bool:
-        """Whether the difference is within the tolerance."""
-        return abs(self.accuracy - self.known.accuracy) <= self.known.tolerance + 1e-9
+    def conforms(self, accuracy: float) -> bool:
+        """Whether an accuracy differs by at most the tolerance."""
+        return abs(accuracy - self.accuracy) <= self.tolerance + 1e-9
 
 
-def judge(metrics: pd.DataFrame, figures: Sequence[KnownFigure]) -> Verdict:
-    """Compare a run's table with the figure that is known of it.
+def find_known(metrics: pd.DataFrame, figures: Sequence[KnownFigure]) -> tuple[pd.Series, KnownFigure]:
+    """The row of a run's greedy accuracy in its table, and the figure that is known of it.
 
     Raises:
         RunError: the run was not greedy, no figure is known of it, or it had other questions.
@@ -87,7 +71,7 @@ def judge(metrics: pd.DataFrame, figures: Sequence[KnownFigure]) -> Verdict:
             f"conformance: the figure of {found[0]} is of {found[0].questions} questions, the run had "
             f"{row['questions']}; so they were not compared"
         )
-    return Verdict(found[0], float(row["value"]), float(row["ci_low"]), float(row["ci_high"]))
+    return row, found[0]
 
 
 class Conformance(Callback):
@@ -102,33 +86,23 @@ class Conformance(Callback):
             return
         path = from_here(Path(config.hydra.runtime.output_dir)) / METRICS
         try:
-            verdict = judge(read_metrics(path), self.known)
-            show(verdict)
+            row, known = find_known(read_metrics(path), self.known)
+            conforms = known.conforms(row["value"])
+            expected, tolerance, found, low, high = (
+                f"{100 * share:.2f}"
+                for share in (known.accuracy, known.tolerance, row["value"], row["ci_low"], row["ci_high"])
+            )
+            report.print_table(
+                f"conformance: {known}, greedy, {known.questions} questions ({known.source})",
+                ["expected %", "tolerance", "found %", "95 % interval", "verdict"],
+                [[expected, tolerance, found, f"[{low}, {high}]", "conforms" if conforms else "DIFFERS"]],
+            )
             print(path)
-            if not verdict.conforms:
+            if not conforms:
                 raise RunError(
-                    f"conformance: {verdict.known} is at {100 * verdict.accuracy:.2f} %, expected is "
-                    f"{100 * verdict.known.accuracy:.2f} +- {100 * verdict.known.tolerance:.2f}\n"
-                    f"{verdict.known.source}; see docs/conformance.md for possible causes"
+                    f"conformance: {known} is at {found} %, expected is {expected} +- {tolerance}\n"
+                    f"{known.source}; see docs/conformance.md for possible causes"
                 )
         except LatentTTSError as error:  # Hydra lets no callback raise, so the job is marked as failed
             job_return.status = JobStatus.FAILED
             job_return.return_value = error
-
-
-def show(verdict: Verdict) -> None:
-    """The verdict as a table on stdout."""
-    known = verdict.known
-    report.print_table(
-        f"conformance: {known}, greedy, {known.questions} questions ({known.source})",
-        ["expected %", "tolerance", "found %", "95 % interval", "verdict"],
-        [
-            [
-                f"{100 * known.accuracy:.2f}",
-                f"{100 * known.tolerance:.2f}",
-                f"{100 * verdict.accuracy:.2f}",
-                f"[{100 * verdict.low:.2f}, {100 * verdict.high:.2f}]",
-                "conforms" if verdict.conforms else "DIFFERS",
-            ]
-        ],
-    )

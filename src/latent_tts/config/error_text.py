@@ -76,7 +76,7 @@ def _describe_config(error: Exception) -> list[str]:
     from hydra.errors import HydraException, MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
-    from latent_tts.config.meant import no_option, quoted_override, takes_list
+    from latent_tts.config.meant import quoted_override, takes_list
     from latent_tts.config.reference import conf_dir
 
     if isinstance(error, MissingConfigException):
@@ -103,12 +103,7 @@ def _describe_config(error: Exception) -> list[str]:
         return [f"{file[1]}.yaml: {lines[0]}" if file else lines[0], *lines[1:]]
     if group := re.match(r"Could not override '(.+?)'\. No match in the defaults list", str(error)):
         return [f"{group[1]}: {sys.argv[0]} has no such group; `{sys.argv[0]} --help` lists its groups and keys"]
-    if isinstance(error, HydraException):
-        return [line for line in str(error).splitlines() if line.strip()]
-    of_a_list = isinstance(error, TypeError) and "is not iterable" in str(error)  # of numbers, where Hydra wants names
-    if "Config group override must be" in str(error) or (of_a_list and no_option(sys.argv[1:])):
-        return [no_option(sys.argv[1:]) or str(error)]
-    return []
+    return [line for line in str(error).splitlines() if line.strip()] if isinstance(error, HydraException) else []
 
 
 def _describe_argument(error: Exception) -> list[str]:
@@ -153,20 +148,21 @@ def _errno_of(error: Exception) -> int | None:
 
 def _describe_omegaconf(error: Exception, cause: Any) -> list[str]:
     """A wrong key or a wrong type."""
-    from latent_tts.config.meant import ASKING, key_of_option, nested_key, options_with, quoted_override
+    from latent_tts.config.meant import ASKING, key_called, options_with, quoted_override
+    from latent_tts.config.reference import command_files
 
     first = str(cause).splitlines()[0]
     key = cause.full_key or cause.key or ""
     if missing := re.match(r"Key '(.+?)' (?:is not in struct|not in )", first):
-        known = sorted(map(str, cause.parent_node or ()))
-        key = key or missing[1]
-        elsewhere = options_with(key)
-        hint = [f"options with that key: {', '.join(elsewhere)}"] if elsewhere else []
-        command = sys.argv[0].partition(" ")[2].replace("-", "_")  # as `_run_hydra` sets it
-        if "." not in key and (nested := nested_key(command, key)):
-            return [f"{key}: no such key; did you mean {nested}? `{sys.argv[0]} --help` lists keys"]
-        if "." not in key and not closest(key, known, cutoff=0.7) and (other := key_of_option(command, key)):
-            return [f"{key}: no such key; did you mean {other[0]}? It goes with {' or '.join(other[1])}"]
+        known, key = sorted(map(str, cause.parent_node or ())), key or missing[1]
+        command = sys.argv[0].partition(" ")[2].replace("-", "_")  # as `cli` sets it
+        is_known = command in command_files()
+        if is_known and "." not in key and (called := key_called(command, key)):
+            return [f"{key}: no such key; did you mean {called}? `{sys.argv[0]} --help` lists keys"]
+        full, options = next(iter(options_with(command, key).items()), ("", [])) if is_known else ("", [])
+        if options and full != key and not closest(key, known, cutoff=0.7):
+            return [f"{key}: no such key; did you mean {full}? It goes with {' or '.join(options)}"]
+        hint = [f"options with that key: {', '.join(options)}"] if full == key else []
         question = next((each for each in sys.argv if command in ASKING and each.startswith(f"{key}=")), None)
         if question and not closest(key, known):
             hint.append(f"to ask it: {sys.argv[0]} {quoted_override(f'question={question}')}")

@@ -9,7 +9,7 @@ import shutil
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 from latent_tts.config.completion import CANDIDATES, FOLDER_FLAGS, SCRIPTS, candidates
@@ -19,6 +19,7 @@ from latent_tts.config.reference import (
     chosen_options,
     conf_dirs,
     nested_groups,
+    option_keys,
     option_names,
     options_of,
     read_command,
@@ -140,17 +141,18 @@ def definitions(rows: Iterable[tuple[str, str]], width: int, indent: int = 2, lo
     """Two columns: terms on the left, their texts wrapped on the right; a long term stands on a line of its own."""
     rows = list(rows)
     left = max([len(term) for term, _ in rows if len(term) <= longest], default=0) + 2
-    lines = []
+    start, lines = " " * (indent + left), []
     for term, text in rows:
-        wrapped = textwrap.wrap(printable(text), max(20, width - indent - left), break_long_words=False) or [""]
         head = " " * indent + printable(term).ljust(left)
         if len(term) + 2 > left:
-            lines.append(" " * indent + printable(term))
-            head = " " * (indent + left)
-        if head.strip() or wrapped[0]:
-            lines.append((head + wrapped[0]).rstrip())
-        lines += [" " * (indent + left) + line for line in wrapped[1:]]
-    return "\n".join(lines)
+            lines.append(head)
+            head = start
+        wrapped = textwrap.fill(
+            printable(text), max(width, len(start) + 20), initial_indent=head, subsequent_indent=start,
+            break_long_words=False,
+        )  # fmt: skip
+        lines.append(wrapped or head)
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 def command_help(name: str, about: str, positional: Sequence[str], overrides: Sequence[str], places: Sequence[Path],
@@ -172,11 +174,12 @@ def command_help(name: str, about: str, positional: Sequence[str], overrides: Se
     groups = {group: options for group, options in groups.items() if options and group != "local"}
     usage = ["usage: ltts", name, *arguments, "[KEY=VALUE ...]", *["[GROUP=OPTION ...] [-m]"] * bool(groups)]
     parts = [" ".join(usage), f"{about[0].upper()}{about[1:]}."]
-    if command.examples:
-        parts += [
-            "\n" + definitions(rows, width, longest=width // 2) if isinstance(rows, list) else rows
-            for rows in _examples(command.examples)
-        ]
+    for is_example, lines in groupby(filter(None, command.examples), lambda line: line.startswith("  ")):
+        if is_example:
+            pairs = ((term, what.strip()) for term, _, what in (line.strip().partition("  ") for line in lines))
+            parts.append("\n" + definitions(pairs, width, longest=width // 2))
+        else:
+            parts.append(" ".join(lines))
     parts += ["Keys:", definitions(map(_key_row, command.keys), width)]
     chosen = chosen_options(command_file, overrides, places)
     if groups:
@@ -211,16 +214,11 @@ def key_help(name: str, commands: Iterable[str], places: Sequence[Path], width: 
     Raises:
         UsageError: there is none, and no command or group of that name.
     """
-    every: list[tuple[Key, str]] = []
-    for command in commands:
-        every += [(key, f"ltts {command}") for key in read_command(command.replace("-", "_")).keys]
-    for group in GROUPS:
-        options = [read_option(group, option, places) for option in option_names(group, places)]
-        # an experiment sets keys of others
-        every += [(key, f"{group}={option.name}") for option in options for key in option.keys if group != "experiment"]
+    own = [(key, f"ltts {command}") for command in commands for key in read_command(command.replace("-", "_")).keys]
+    every = [*own, *option_keys(GROUPS, places)]
     owners: dict[tuple[str, str], list[str]] = {}
     for key, owner in every:
-        if key.name == name or key.name.endswith(f".{name}"):
+        if key.is_called(name):
             owners.setdefault(_key_row(key), []).append(owner)
     if not owners:
         known = [*commands, *GROUPS]
@@ -271,22 +269,6 @@ def _key_row(key: Key) -> tuple[str, str]:
         term = key.name
         notes.append("required" if shown == "required" else f"default: {shown}")
     return term, f"{key.comment} [{'; '.join(notes)}]".strip() if notes else key.comment
-
-
-def _examples(lines: Sequence[str]) -> list[str | list[tuple[str, str]]]:
-    """The comment of a command's file in paragraphs: command lines with what they do, or text."""
-    paragraphs: list[str | list[tuple[str, str]]] = []
-    for line in lines:
-        last = paragraphs[-1] if paragraphs else None
-        if line.startswith("  "):
-            term, _, text = line.strip().partition("  ")
-            if isinstance(last, list):
-                last.append((term, text.strip()))
-            else:
-                paragraphs.append([(term, text.strip())])
-        elif line:
-            paragraphs[-1:] = [f"{last} {line}"] if isinstance(last, str) else [*paragraphs[-1:], line]
-    return paragraphs
 
 
 def _positional(argument: str) -> str:

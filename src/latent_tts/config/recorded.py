@@ -7,8 +7,7 @@ are compared as text before anything is imported.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from latent_tts.aggregator import Aggregator
 from latent_tts.config.build import build, compose
-from latent_tts.config.reference import TARGET, conf_dir
+from latent_tts.config.meant import escaped
+from latent_tts.config.reference import TARGET, conf_dir, read_command
 from latent_tts.errors import UsageError
 from latent_tts.pipeline import sweep
 from latent_tts.results.cache import KEY_JSON
 
+RECORDED = ("model", "task", "sampler", "schedule", "search", "budget", "scorer", "aggregator")
 NEVER_RECORDED = ("_args_", "_partial_")  # no option has them
 
 
@@ -61,28 +62,35 @@ def recorded(group: str, node: object, *given: DictConfig) -> DictConfig:
     return made
 
 
-def recorded_run(record: Mapping[str, Any], groups: Iterable[str], *given: DictConfig) -> Any:
-    """The config of a run as its `run.json` has it, the options of some groups safe to `build`; the others are text.
+def recorded_run(record: Mapping[str, Any], cfg: DictConfig, own: Collection[str] = ()) -> Any:
+    """The config of a run as its `run.json` has it, its options safe to `build`; what is no option is text.
 
-    Its cache is the run's, where that is there, or else that of a run today.
+    Device and rows are those of this command if it has them; nothing is computed by others. The cache is the run's,
+    where that is there, or else that of a run today.
 
     Args:
         record: the `run.json`.
-        groups: of the options.
-        given: as in `recorded`.
+        cfg: the config of this command; classes that it names are allowed.
+        own: groups whose options are those of this command.
     """
-    merged: Any = OmegaConf.create(literal(record["config"]))
+    typed = OmegaConf.structured(read_command("run").schema)
+    values = {key: literal(value) for key, value in record["config"].items() if key in typed.keys()}  # noqa: SIM118
+    merged: Any = OmegaConf.merge(typed, values)
     # a record names no new folder, only one that has the run's rollouts
     entry = Path(str(record.get("cache", "")))
-    merged.paths = {"cache": str(entry.parent if (entry / KEY_JSON).is_file() else compose("run").paths.cache)}
-    for group in groups:
-        if group in merged:
-            merged[group] = recorded(group, record["config"][group], *given)
-    # older runs lack the keys of answer sampling, forced beginnings, schedules and quantisation
-    merged.answer = OmegaConf.merge({"temperature": 0.0, "top_p": 1.0, "forced_prefix": ""}, merged.answer)
-    merged.schedule = merged.get("schedule", {"_target_": "latent_tts.schedule.sequential.Sequential"})
-    merged.engine = OmegaConf.merge({"quantize": None}, merged.engine, {"graph": "auto"})  # graphs change no result
-    merged.executor = {"_target_": "latent_tts.executor.local.Local"}  # what is read from it is not computed by others
+    merged.paths.cache = str(entry.parent) if (entry / KEY_JSON).is_file() else compose("run").paths.cache
+    for group in RECORDED:
+        if group in own:
+            # unresolved, so that `${model...}` finds the run's model
+            merged[group] = OmegaConf.create(OmegaConf.to_container(cfg[group], resolve=False))
+        elif group == "aggregator":
+            merged[group] = {name: recorded(group, node, cfg) for name, node in record["aggregators"].items()}
+        else:
+            merged[group] = recorded(group, record["config"].get(group), cfg)
+    if "engine" in cfg:
+        merged.engine.device, merged.engine.rows = cfg.engine.device, cfg.engine.rows
+    merged.engine.graph, merged.cache = "auto", "on"  # graphs change no result, and scores need a folder
+    merged.executor = {TARGET: "latent_tts.executor.local.Local"}
     return merged
 
 
@@ -102,7 +110,7 @@ def finish_sweep(folder: Path, jobs: Sequence[sweep.SweepJob], configs: Sequence
 def literal(value: Any) -> Any:
     """A JSON value in which OmegaConf finds no interpolation."""
     if isinstance(value, str):
-        return re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + r"\${", value)
+        return escaped(value)
     if isinstance(value, Mapping):
         return {key: literal(part) for key, part in value.items()}
     return [literal(part) for part in value] if isinstance(value, list) else value

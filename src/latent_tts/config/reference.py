@@ -70,6 +70,10 @@ class Key:
     comment: str
     kind: str = ""
 
+    def is_called(self, name: str) -> bool:
+        """Whether a name is this key's or the end of it, as `sigma`."""
+        return f".{self.name}".endswith(f".{name}")
+
 
 @dataclass(frozen=True)
 class Option:
@@ -198,6 +202,14 @@ def read_option(group: str, name: str, places: Sequence[Path]) -> Option:
     with suppress(yaml.YAMLError):  # composing it says what is wrong
         keys = tuple(_keys(yaml.compose(text, YAML), text, prefix, nested=is_global))
     return Option(group, name, next(iter(_top_comment(text)), ""), keys)
+
+
+def option_keys(groups: Iterable[str], places: Sequence[Path]) -> Iterator[tuple[Key, str]]:
+    """The keys of all options of some groups and of the groups in them, each with its option, as `sampler=gaussian`."""
+    inside = [nested for group in groups for nested in (group, *nested_groups(group)) if group != "experiment"]
+    for group in dict.fromkeys(inside):  # an experiment sets keys of others
+        for option in option_names(group, places):
+            yield from ((key, f"{group}={option}") for key in read_option(group, option, places).keys)
 
 
 def command_files() -> list[str]:

@@ -24,7 +24,7 @@ from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.checkpoint.draft import DraftFile, find_draft
 from latent_tts.engine.cost import RolloutCost, Shape
 from latent_tts.engine.decoding import AnswerSampling
-from latent_tts.errors import UsageError, bad_value, check_device, check_fields, check_seed, is_whole, require
+from latent_tts.errors import DEVICE, SEED, UsageError, bad_value, check_fields, is_whole, require
 from latent_tts.executor import Executor
 from latent_tts.executor.local import Local
 from latent_tts.pipeline import calibration
@@ -73,8 +73,8 @@ class EngineSettings:
             dtype=BYTES_PER_NUMBER,
             rows="a positive integer, or null to let the model decide",
             graph=("auto", "on", "off"),
+            device=DEVICE,
         )
-        check_device("engine.device", self.device)
         if self.quantize is None:
             return
         require("engine.quantize", self.quantize, self.quantize in QUANTIZED_FROM, "must be null, int8 or float8")
@@ -293,7 +293,7 @@ def check_run(request: RunRequest) -> RunSpec:
     """
     adapter, sampler, decode = request.adapter, request.sampler, request.decode
     require("n", request.n, 1 <= request.n <= MAX_ROLLOUTS, f"must be a number of rollouts, 1 to {MAX_ROLLOUTS}")
-    check_seed(request.seed)
+    check_fields("", request, seed=SEED)
     request.executor.check(request.engine.device)
     require("answer.decode", decode, decode in ("all", "winners"), "must be all or winners")
     adapter.check()

@@ -50,10 +50,10 @@ def _require_one_curve(side: str, runs: Sequence[CompletedRun]) -> None:
     """Raise UsageError unless runs are seeds of each other."""
     for name, values in name_once(pd.DataFrame([run.curve for run in runs])).items():
         if values.nunique() > 1:
-            one, other = 0, int((values != values[0]).argmax())
+            other = int((values != values[0]).argmax())
             raise UsageError(
                 f"{side}: holds runs that are not seeds of each other, name one run folder\n"
-                f"{name}: {values[one]} in {runs[one].folder}, {values[other]} in {runs[other].folder}"
+                f"{name}: {values[0]} in {runs[0].folder}, {values[other]} in {runs[other].folder}"
             )
 
 
@@ -103,28 +103,26 @@ def _difference(
     a: Side, b: Side, figures: tuple[str, str], budgets: tuple[int, int], *, shared: bool
 ) -> dict[str, Any]:
     """A row of `differences`."""
-    values_a, values_b, questions = [], [], []
+    parts = []
     for seed in sorted(a):
         per_a, per_b = a[seed].per_question(figures[0], budgets[0]), b[seed].per_question(figures[1], budgets[1])
-        common = per_a.index[per_a.index.isin(per_b.index)]
-        if len(common) < max(len(per_a), len(per_b)) and not (shared and len(common)):
-            hint = "; questions=shared compares those" if len(common) else ""
+        both = pd.concat([per_a, per_b], axis=1, join="inner", keys=["a", "b"])
+        if len(both) < max(len(per_a), len(per_b)) and not (shared and len(both)):
+            hint = "; questions=shared compares those" if len(both) else ""
             raise UsageError(
-                f"a and b have different questions (seed {seed}): {len(common)} of {len(per_a)} and {len(per_b)} are "
+                f"a and b have different questions (seed {seed}): {len(both)} of {len(per_a)} and {len(per_b)} are "
                 f"shared{hint}"
             )
-        if any(a[seed].golds.get(one) != b[seed].golds.get(one) for one in common):
+        if any(a[seed].golds.get(one) != b[seed].golds.get(one) for one in both.index):
             raise UsageError(f"a and b have different gold answers (seed {seed}); compare runs on the same questions")
-        values_a.append(per_a[common])
-        values_b.append(per_b[common])
-        questions += list(common)
-    clusters = np.unique(questions, return_inverse=True)[1]
-    left, right = np.concatenate(values_a), np.concatenate(values_b)
-    mean, low, high = statistics.paired_difference(left, right, clusters)
+        parts.append(both)
+    both = pd.concat(parts)
+    clusters = np.unique(both.index, return_inverse=True)[1]
+    mean, low, high = statistics.paired_difference(both["a"].to_numpy(), both["b"].to_numpy(), clusters)
     return {
         "a_figure": figures[0], "b_figure": figures[1], "a_n": budgets[0], "b_n": budgets[1],
-        "a": left.mean(), "b": right.mean(), "difference": mean, "ci_low": low, "ci_high": high,
-        "questions": len(set(questions)), "seeds": len(a),
+        "a": both["a"].mean(), "b": both["b"].mean(), "difference": mean, "ci_low": low, "ci_high": high,
+        "questions": both.index.nunique(), "seeds": len(a),
     }  # fmt: skip
 
 

@@ -109,7 +109,7 @@ class CompletedRun:
     @property
     def reported(self) -> list[int]:
         """The n in the metrics table."""
-        return [int(n) for n in self.metrics["n"].unique()]
+        return self.metrics["n"].unique().tolist()
 
     def per_question(self, figure: str, n: int) -> pd.Series:
         """A figure of each question at n, by question id.
@@ -130,9 +130,7 @@ class CompletedRun:
                 raise UsageError(f"{self.folder}: its budget stopped for {self.figures[0]}; it has no {figure}")
             return pd.Series(self.budget["correct"].to_numpy(dtype=np.float64), index=self.budget["question_id"])
         ids, arrays = self._arrays
-        if self.curve["search"]:  # it keeps fewer rollouts than it grew
-            n = min(n, arrays.prediction_QD.shape[1])
-        values: np.ndarray
+        n = min(n, arrays.prediction_QD.shape[1])  # a search keeps fewer rollouts than it grew
         if figure == "invalid_rate":
             values = (arrays.prediction_QD < 0).mean(1)
         elif figure == "agreement":
@@ -146,9 +144,8 @@ class CompletedRun:
 
     @cached_property
     def _arrays(self) -> tuple[list[str], RolloutArrays]:
-        ids = list(dict.fromkeys(self.rollouts["question_id"]))
-        place = self.rollouts["question_id"].map({question_id: place for place, question_id in enumerate(ids)})
-        rollouts = self.rollouts.assign(place=place).sort_values(["place", "rollout"])
+        rollouts = self.rollouts.sort_values(["question_index", "rollout"])
+        ids = rollouts["question_id"].unique().tolist()
         drawn = len(rollouts) // len(ids)
         if rollouts["rollout"].tolist() != list(range(drawn)) * len(ids):
             raise UsageError(

@@ -132,7 +132,7 @@ def scaling_figure(metrics: pd.DataFrame, against: str = "n") -> Figure:
     rows = math.ceil(len(cells) / columns)
     with matplotlib.rc_context(STYLE):
         averaged = "seeds" not in metrics and bool(points["seed"].str.contains(",").any())
-        handles = [*_legend(looks, marks), _interval_handle(parts, marks, averaged=averaged)]
+        handles = _legend(parts, looks, marks, averaged=averaged)
         figure = _figure_with_legend(rows, columns, handles)
         grid = figure.subplots(rows, columns, squeeze=False)
         for axis, (part, panel) in zip(grid.flat, cells, strict=False):
@@ -156,11 +156,10 @@ def _panels(points: pd.DataFrame, parts: Sequence[pd.DataFrame]) -> list[tuple[s
     """The metric of each panel, and the aggregators in it: all of them where their lines are few."""
     aggregators = [name for name in points["aggregator"].unique() if name]
     accuracy = [part.loc[part["metric"] == "accuracy", ["label", "aggregator"]] for part in parts]
-    together = max(len(lines.drop_duplicates()) for lines in accuracy) <= MAX_LINES_TOGETHER
-    panels: list[tuple[str, Sequence[str]]] = [("coverage", [""]), ("agreement", [""])]
-    panels = [panel for panel in panels if (points["metric"] == panel[0]).any()]
-    shown = [aggregators] if together and aggregators else [[name] for name in aggregators]
-    return [*panels, *(("accuracy", names) for names in shown)]
+    panels = [(metric, [""]) for metric in ("coverage", "agreement") if (points["metric"] == metric).any()]
+    if aggregators and max(len(lines.drop_duplicates()) for lines in accuracy) <= MAX_LINES_TOGETHER:
+        return [*panels, ("accuracy", aggregators)]
+    return [*panels, *(("accuracy", [name]) for name in aggregators)]
 
 
 def _figure_with_legend(rows: int, columns: int, handles: Sequence[Artist]) -> Figure:
@@ -309,16 +308,14 @@ def _looks(attributes: dict[str, dict[str, str]]) -> dict[str, Look]:
 def _sweep(attributes: dict[str, dict[str, str]]) -> list[list[str]]:
     """The labels of curves that differ in one number only, ascending, in a list per kind of curve; none without any."""
     best: list[list[str]] = []
-    for name in dict.fromkeys(name for told in attributes.values() for name in told):
-        groups: dict[tuple, list[tuple[float, str]]] = {}
-        for label, told in attributes.items():
-            rest = tuple(sorted((key, value) for key, value in told.items() if key != name))
-            groups.setdefault(rest, []).append((pd.to_numeric(told.get(name, ""), errors="coerce"), label))
-        ordered = [sorted(group) for group in groups.values()]
-        numeric = all(len(group) == 1 or not math.isnan(group[0][0] + group[-1][0]) for group in ordered)
-        fits = len(ordered) < len(SEQUENTIAL)
-        if numeric and fits and max(map(len, ordered)) > max([MIN_SWEPT - 1, *map(len, best)]):
-            best = [[label for _, label in group] for group in ordered]
+    facts = pd.DataFrame.from_dict(attributes, orient="index").fillna("")
+    for name in facts:
+        rest = pd.Series(list(map(tuple, facts.drop(columns=name).to_numpy())), facts.index)
+        values = pd.to_numeric(facts[name], errors="coerce").sort_values()
+        groups = [group for _, group in values.groupby(rest, sort=False)]
+        numeric = all(len(group) == 1 or group.notna().all() for group in groups)
+        if numeric and len(groups) < len(SEQUENTIAL) and max(map(len, groups)) > max([MIN_SWEPT - 1, *map(len, best)]):
+            best = [list(group.index) for group in groups]
     return best
 
 
@@ -331,8 +328,6 @@ def _draw_panel(
     against: str,
 ) -> None:
     """Draw the lines of a metric and its aggregators, with the intervals of the first aggregator."""
-    from matplotlib.transforms import ScaledTranslation
-
     metric, aggregators = panel
     part = part[part["metric"] == metric]
     axis.set_ylabel(f"{metric} ({aggregators[0]})" if metric == "accuracy" and len(aggregators) == 1 else metric)
@@ -356,17 +351,8 @@ def _draw_panel(
             place = beside.index(label) * per_curve + index + 1  # right of the end of a curve
             if single[label]:  # around a point
                 place -= (bars + 1) / 2
-            step = min(MAX_STEP, MAX_BARS_WIDTH / bars) / 72  # inches
-            end = line.tail(1)
-            # matplotlib leaves what is moved out of the limits
-            axis.update_datalim([(x, y) for x, *ys in end[["x", "value", "ci_low", "ci_high"]].to_numpy() for y in ys])
             look: Look = style if single[label] else style | {"marker": ""}
-            reach = np.abs(end[["ci_low", "ci_high"]].to_numpy().T - end["value"].to_numpy())
-            axis.errorbar(
-                end["x"], end["value"], reach, capsize=2, elinewidth=0.9,
-                **look,
-                transform=axis.transData + ScaledTranslation(place * step, 0, axis.figure.dpi_scale_trans),
-            )  # fmt: skip
+            _draw_bar(axis, line.tail(1), look, place * min(MAX_STEP, MAX_BARS_WIDTH / bars))
         elif index == 0:
             alpha = 0.15 if len(labels) <= 2 else 0.1
             axis.fill_between(
@@ -376,6 +362,17 @@ def _draw_panel(
             _write_values(axis, line, style["color"], below=labels.index(label) % 2 == 1)
     axis.margins(x=0.12 if crowded else 0.05)
     _set_ticks(axis, part, against, margin=0.12 if crowded else 0.02)
+
+
+def _draw_bar(axis: Axes, end: pd.DataFrame, look: Look, shift: float) -> None:
+    """Draw the interval of one row, so many points beside its place."""
+    from matplotlib.transforms import ScaledTranslation
+
+    # matplotlib leaves what is moved out of the limits
+    axis.update_datalim([(x, y) for x, *ys in end[["x", "value", "ci_low", "ci_high"]].to_numpy() for y in ys])
+    reach = np.abs(end[["ci_low", "ci_high"]].to_numpy().T - end["value"].to_numpy())
+    moved = axis.transData + ScaledTranslation(shift / 72, 0, axis.figure.dpi_scale_trans)
+    axis.errorbar(end["x"], end["value"], reach, capsize=2, elinewidth=0.9, transform=moved, **look)
 
 
 def _write_values(axis: Axes, line: pd.DataFrame, color: Any, *, below: bool) -> None:
@@ -438,27 +435,23 @@ def _spaced(numbers: Sequence[int]) -> list[int]:
     return kept[::-1]
 
 
-def _legend(looks: dict[str, Look], marks: dict[str, Look]) -> list[Artist]:
-    """The legend's entries: curves, then aggregators that share a panel."""
-    from matplotlib.lines import Line2D
-
-    shared = {name: {"color": "0.3"} | look for name, look in marks.items()}
-    return [Line2D([], [], label=name, **look) for name, look in [*looks.items(), *shared.items()]]
-
-
-def _interval_handle(parts: Sequence[pd.DataFrame], marks: dict[str, Look], *, averaged: bool) -> Artist:
-    """The legend's entry for bands, or for bars where there is no band."""
+def _legend(
+    parts: Sequence[pd.DataFrame], looks: dict[str, Look], marks: dict[str, Look], *, averaged: bool
+) -> list[Artist]:
+    """The legend's entries: curves, aggregators that share a panel, and bands, or bars where there is no band."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
+    shared = {name: {"color": "0.3"} | look for name, look in marks.items()}
+    lines = [Line2D([], [], label=name, **look) for name, look in [*looks.items(), *shared.items()]]
     label = "mean of the seeds' 95% intervals" if averaged else "95% interval"
     crowded = all(part["label"].nunique() > MAX_BANDS for part in parts)
     single = all((part.groupby("label")["x"].nunique() == 1).all() for part in parts)
     if not single:
         label += " at the end" * crowded + (f" (accuracy: of {next(iter(marks))})" if marks else "")
     if single or crowded:
-        return Line2D([], [], color="0.5", marker="|", markersize=10, linestyle="", label=label)
-    return Patch(color="0.5", alpha=0.3, linewidth=0, label=label)
+        return [*lines, Line2D([], [], color="0.5", marker="|", markersize=10, linestyle="", label=label)]
+    return [*lines, Patch(color="0.5", alpha=0.3, linewidth=0, label=label)]
 
 
 def _title(points: pd.DataFrame, against: str) -> str:
@@ -506,15 +499,13 @@ def draw_dependencies(relative_TT: np.ndarray, title: str, path: Path) -> None:
     figure = Figure(figsize=(1.5 + side, 1.2 + side), layout="constrained")
     axes = figure.subplots()
     lower = np.where(np.tri(total, k=-1, dtype=bool), relative_TT, np.nan)
-    image = axes.imshow(lower, cmap="viridis", vmin=0)
+    image = axes.imshow(lower, cmap="viridis", vmin=0, extent=(0.5, total + 0.5, total + 0.5, 0.5))
     for (row, column), value in np.ndenumerate(lower):
         if np.isfinite(value):
             shade = "white" if value < 0.6 * np.nanmax(lower) else "black"
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=shade)
-    axes.set_xticks(range(total), [str(s + 1) for s in range(total)])
-    axes.set_yticks(range(total), [str(t + 1) for t in range(total)])
-    axes.set_xlabel("latent that is changed")
-    axes.set_ylabel("latent that is made from it")
+            axes.text(column + 1, row + 1, f"{value:.2f}", ha="center", va="center", fontsize=7, color=shade)
+    axes.set(xlabel="latent that is changed", ylabel="latent that is made from it")
+    axes.set(xticks=range(1, total + 1), yticks=range(1, total + 1))
     axes.set_title(title.replace("$", r"\$"), fontsize=9)
     figure.colorbar(image, label="relative change per relative change", shrink=0.8)
     save_figure(figure, [path])

@@ -331,10 +331,7 @@ def print_metrics(
         labels = [f"{label} seed={seed}".lstrip() for label, seed in zip(labels, metrics["seed"], strict=True)]
     named = pd.Series(pd.Categorical(list(labels), list(dict.fromkeys(labels))), metrics.index)
     groups = metrics.groupby([named, "n", "drawn"], observed=True)
-    lines = [
-        {"label": str(label), "n": f"{n:g}", "drawn": drawn_text(drawn, rows), **figures_of(rows)}
-        for (label, n, drawn), rows in groups
-    ]
+    lines = [{"label": str(label), "n": f"{n:g}", **figures_of(rows)} for (label, n, _), rows in groups]
     spare = {"drawn": 1, "GFLOP/question": 2, "rollouts/s": 3}
     shown = dict.fromkeys(name for line in lines for name, cell in line.items() if cell)
     quality = [name for name in shown if name.endswith(" %")]
@@ -347,25 +344,18 @@ def print_metrics(
     print_columns(curve_title(metrics), keys, columns, list(table_notes(metrics)))
 
 
-def drawn_text(drawn: Any, rows: pd.DataFrame) -> str:
-    """Rollouts per question; where they are unequally many the mean, and how many of them were used."""
-    value = dict(zip(rows["metric"], rows["value"], strict=True))
-    if "rollouts_drawn" not in value:
-        return f"{drawn:g}"
-    return f"{value['rollouts_drawn']:.1f} ({value['rollouts_used']:.1f} used)"
-
-
 def figures_of(rows: pd.DataFrame) -> dict[str, str]:
     """The figures of a curve at one n, by the headings of their columns."""
-    figures = {}
     records = rows.to_dict("records")
-    covered = any(row["metric"] == "coverage" for row in records)
-    for metric in ("accuracy", "coverage") if covered else ("accuracy", "agreement"):
+    value = {row["metric"]: row["value"] for row in records}
+    figures = {"drawn": f"{records[0]['drawn']:g}"}
+    if "rollouts_drawn" in value:  # unequally many: the mean, and how many of them were used
+        figures["drawn"] = f"{value['rollouts_drawn']:.1f} ({value['rollouts_used']:.1f} used)"
+    for metric in ("accuracy", "coverage" if "coverage" in value else "agreement"):
         figures |= {f"{row['aggregator'] or metric} %": percent(row) for row in records if row["metric"] == metric}
     for metric, name, form in (("gflops", "GFLOP/question", ".3g"), ("rollouts_per_second", "rollouts/s", ".0f")):
-        for row in records:
-            if row["metric"] == metric:
-                figures[name] = format(row["value"], form)
+        if metric in value:
+            figures[name] = format(value[metric], form)
     return figures
 
 
@@ -417,10 +407,10 @@ def print_runs(paths: Sequence[Path]) -> None:
             folders += run_folders(path)
     if not folders:
         raise UsageError(f"no run in {' or '.join(OUTPUT_FOLDERS)}; `ltts list runs FOLDER` looks in FOLDER")
-    ages = {folder: time.time() - folder.stat().st_mtime for folder in dict.fromkeys(folders)}
+    written = {folder: folder.stat().st_mtime for folder in folders}
     rows = [
-        {"folder": str(folder), "age": age(seconds)} | _described_run(folder)
-        for folder, seconds in sorted(ages.items(), key=lambda item: -item[1])
+        {"folder": str(folder), "age": age(time.time() - written[folder])} | _described_run(folder)
+        for folder in sorted(written, key=lambda folder: written[folder])
     ]
     first, *others = [Column(name, [row.get(name, "") for row in rows], *look) for name, look in RUN_LIST.items()]
     print_columns(counted(len(rows), "run"), [first], others)

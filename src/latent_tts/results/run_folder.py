@@ -80,7 +80,7 @@ METRIC_COLUMNS = [
     "format",
 ]
 # what a damaged table raises: its metadata may be damaged too
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException)
+READ_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException)
 FORMAT = 2  # of tables
 RECORD_FORMAT = 3  # of `run.json`
 WHOLE_COLUMNS = ["n", "drawn", "questions"]
@@ -88,8 +88,8 @@ RUN_COLUMNS = METRIC_COLUMNS[: METRIC_COLUMNS.index("n")]
 # in `.hydra/hydra.yaml` of a command that makes no run
 NO_RUN = re.compile(r"^  job:\n(?:    .*\n)*?    name: (annotate|train_reasoner|train_rm)$", re.MULTILINE)
 DIGEST_COLUMNS = ["questions_digest", "weights_digest"]
-# what makes rows belong to one curve: names, settings, and the question set and weights behind the names
 PLAIN_BUDGETS = ("ladder", "fixed")  # of one run, they report the same figures
+# what makes rows belong to one curve: names, settings, and the question set and weights behind the names
 CURVE_COLUMNS = [name for name in RUN_COLUMNS if name not in ("run_id", "aggregator", "seed")]
 SEED_COLUMNS = ["seeds", "seed_sd"]  # beside the others in a table of means over seeds
 
@@ -120,7 +120,7 @@ def read_rollouts(folder: Path) -> pd.DataFrame:
         if table["correct"].null_count not in (0, len(table)):  # null in all rows without gold answers
             raise ValueError("column correct lacks a value")
         rollouts = table.to_pandas()
-    except UNREADABLE as error:
+    except READ_ERRORS as error:
         raise UsageError(f"{folder / ROLLOUTS}: cannot be read ({str(error).splitlines()[0]})") from error
     check_file(folder, ROLLOUTS)
     return rollouts
@@ -143,7 +143,7 @@ def read_budget(folder: Path) -> pd.DataFrame | None:
         return None
     try:
         budget = pq.read_table(folder / BUDGET, columns=BUDGET_COLUMNS).to_pandas()
-    except UNREADABLE as error:
+    except READ_ERRORS as error:
         raise UsageError(f"{folder / BUDGET}: cannot be read ({str(error).splitlines()[0]})") from error
     return budget
 
@@ -282,9 +282,8 @@ def sampler_label(columns: Mapping[str, str] | pd.Series) -> str:
 
 def read_run_metrics(folder: Path) -> pd.DataFrame:
     """The metrics table of a run folder."""
-    metrics = read_metrics(folder / METRICS)
     check_file(folder, METRICS)
-    return metrics
+    return read_metrics(folder / METRICS)
 
 
 def write_run_json(folder: Path, record: Mapping[str, Any]) -> None:
@@ -381,8 +380,8 @@ def last_run() -> Path:
     Raises:
         UsageError: there is none.
     """
-    tables = [table for name in OUTPUT_FOLDERS for table in Path(name).glob(f"*/*/**/{METRICS}")]
-    tables = [table for table in tables if table.parts[1] != "ask"]
+    found = (table for name in OUTPUT_FOLDERS for table in Path(name).glob(f"*/*/**/{METRICS}"))
+    tables = [table for table in found if table.parts[1] != "ask"]
     if not tables:
         raise UsageError(
             f"no run in the folders {' and '.join(OUTPUT_FOLDERS)} of this one; name a run folder or a table"
@@ -394,14 +393,9 @@ def read_tables(folders: Iterable[Path]) -> dict[Path, pd.DataFrame]:
     """The metrics tables of the complete run folders among some.
 
     Raises:
-        UsageError: a table is damaged, or the one that a run had is missing.
+        UsageError: a table is damaged or missing.
     """
-    tables = {}
-    for folder in filter(is_complete, folders):
-        check_file(folder, METRICS)
-        if (folder / METRICS).is_file():
-            tables[folder] = read_run_metrics(folder)
-    return tables
+    return {folder: read_run_metrics(folder) for folder in filter(is_complete, folders)}
 
 
 def join_tables(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
