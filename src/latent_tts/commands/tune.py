@@ -32,7 +32,7 @@ def main(cfg: DictConfig) -> None:
     engine, dtypes = engine_settings(cfg.engine), check_values(cfg)
     sampler, task, adapter = drawing_options(cfg)
     prompts = encode_prompts(adapter, task.questions(), reserved_positions(adapter, cfg.max_answer_tokens))
-    path = writable(output_path(cfg.output))
+    path = writable_path(cfg.output)
     from latent_tts.pipeline.engine_tuning import measure
 
     measurements = measure(
@@ -77,26 +77,17 @@ def check_values(cfg: DictConfig) -> Sequence[str]:
     return dtypes
 
 
-def output_path(output: str | None) -> Path:
-    """The file to write.
+def writable_path(output: str | None) -> Path:
+    """The file to write, once it is known that it can be written: measuring takes minutes.
 
     Raises:
-        UsageError: none is named, and this user has no home folder.
+        UsageError: it cannot, or none is named and this user has no home folder.
     """
-    if output:
-        return Path(output).expanduser()
     folder = user_conf_dir()
-    if folder is None:
+    default = folder and folder / "engine" / "tuned.yaml"
+    path = Path(output).expanduser() if output else default
+    if path is None:
         raise bad_value("output", None, "this user has no home folder; name the YAML file to write")
-    return folder / "engine" / "tuned.yaml"
-
-
-def writable(path: Path) -> Path:
-    """The path, once it is known that a file can be written there: measuring takes minutes.
-
-    Raises:
-        UsageError: it cannot.
-    """
     require("output", path, not path.is_dir(), "must be the path of a YAML file, this is a folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -197,35 +197,29 @@ def name_after_checkpoint(cfg: DictConfig) -> None:
 
 def spell_numbers_alike(cfg: DictConfig) -> None:
     """Make integers floats where an option takes floats: 1 and 1.0 are one setting, one curve, one cache entry."""
-    try:
-        values = OmegaConf.to_container(cfg, resolve=True)
-    except OmegaConfBaseException:  # the command says so where it reads that value
+    with suppress(OmegaConfBaseException):  # the command says so where it reads that value
+        values: Any = OmegaConf.to_container(cfg, resolve=True)
+        for group in IN_CURVES & values.keys():
+            _spell_floats(cfg, group, values[group])
+
+
+def _spell_floats(cfg: DictConfig, place: str, node: Any) -> None:
+    """The same for a node of a config and those in it."""
+    if not isinstance(node, dict):
         return
-
-    def walk(place: str, node: Any) -> None:
-        if not isinstance(node, dict):
-            return
-        for key, value in node.items():
-            walk(f"{place}{key}.", value)
-        for name in node.keys() & _float_keys(place, node):
-            value = _as_floats(node[name])
-            if repr(value) != repr(node[name]):
-                OmegaConf.update(cfg, f"{place}{name}", value)
-
-    assert isinstance(values, dict)
-    for group in IN_CURVES & values.keys():
-        walk(f"{group}.", values[group])
+    # the values that models recommend are those of samplers
+    names = {"sigma", "rate"} if place == "model.recommended" else _float_parameters(node.get(TARGET))
+    for key, value in node.items():
+        _spell_floats(cfg, f"{place}.{key}", value)
+        if key in names and repr(_as_floats(value)) != repr(value):
+            OmegaConf.update(cfg, f"{place}.{key}", _as_floats(value))
 
 
-def _float_keys(place: str, node: Mapping[str, Any]) -> set[str]:
-    """The keys of a node that an option takes floats for."""
-    if place == "model.recommended.":
-        return {"sigma", "rate"}  # of samplers
-    if not isinstance(node.get(TARGET), str):
-        return set()
+def _float_parameters(target: Any) -> set[str]:
+    """The parameters of an option's object that take floats."""
     try:
-        parameters = inspect.signature(get_object(node[TARGET])).parameters
-    except Exception:  # whatever its module raises; building the option says so
+        parameters = inspect.signature(get_object(target)).parameters
+    except Exception:  # of no name, or whatever its module raises; building the option says so
         return set()
     kinds = {name: set(re.findall(r"\w+", str(parameter.annotation))) for name, parameter in parameters.items()}
     return {name for name, words in kinds.items() if "float" in words and "int" not in words}

@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
 from latent_tts.errors import LatentTTSError, closest, did_you_mean, printable, unknown_key
@@ -77,12 +76,11 @@ def _describe_config(error: Exception) -> list[str]:
     from omegaconf.errors import OmegaConfBaseException
 
     from latent_tts.config.meant import quoted_override, takes_list
-    from latent_tts.config.reference import conf_dir
+    from latent_tts.config.reference import command_files
 
     if isinstance(error, MissingConfigException):
         group, _, option = str(error.missing_cfg_file).rpartition("/")
-        own = [path.stem for path in (Path(conf_dir()) / group).glob("*.yaml")]
-        options = sorted({*own, *(error.options or ())})  # Hydra's own list also has those of other packages
+        options = sorted(error.options or command_files())
         hint = ["`ltts tune` makes it"] if (group, option) == ("engine", "tuned") else []
         if not group:
             return [f"--config-name {option}: no such config; one of {', '.join(options)}"]

@@ -6,7 +6,7 @@ import logging
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import get_class
@@ -74,13 +74,12 @@ def with_texts(request: RunRequest, texts: list[str]) -> RunRequest:
     """
     if not texts:
         return request
-    asked, why = request.task, "the chosen task has questions of its own; leave one out"
-    require("question", ",".join(texts), isinstance(asked, Asked), why)
+    if not isinstance(request.task, Asked):
+        raise bad_value("question", ",".join(texts), "the chosen task has questions of its own; leave one out")
     for text in texts:
         require("question", repr(text), bool(text.strip()), "is empty; ask something")
-    assert isinstance(asked, Asked)
     config = {**request.config, "task": {**request.config["task"], "texts": texts}}
-    return replace(request, task=replace(asked, texts=texts), config=config)
+    return replace(request, task=replace(request.task, texts=texts), config=config)
 
 
 def drawing_options(cfg: DictConfig) -> tuple[Sampler, Task, CheckpointAdapter]:
@@ -225,5 +224,4 @@ def changed_settings(cfg: DictConfig) -> dict[str, Any]:
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
     """The resolved config as plain values."""
-    values: Any = OmegaConf.to_container(cfg, resolve=True)
-    return values
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
