@@ -51,8 +51,12 @@ def train(cfg: DictConfig) -> None:
     optimization: RewardOptimization = config.build("optimization", cfg.optimization)
     lora = config.build("lora", cfg.lora)
     if lora.rank is not None:
-        why = "must be reasoner with lora.rank: an adapter shares the reasoner's weights"
-        require("init", cfg.init, cfg.init == "reasoner", why)
+        require(
+            "init",
+            cfg.init,
+            cfg.init == "reasoner",
+            "must be reasoner with lora.rank: an adapter shares the reasoner's weights",
+        )
         require("lora.dropout", lora.dropout, lora.dropout == 0, "must be 0: a LatentRM is trained without dropout")
     adapter: CheckpointAdapter = config.build("model", cfg.model)
     adapter.check()

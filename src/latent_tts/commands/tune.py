@@ -40,21 +40,23 @@ def main(cfg: DictConfig) -> None:
         n=cfg.n, seed=cfg.seed, max_answer_tokens=cfg.max_answer_tokens, seconds=cfg.seconds,
     )  # fmt: skip
     best = max(measurements, key=lambda measured: measured.rate)
-    first = measurements[0].dtype
     lines = [[m.dtype, m.rows, f"{m.rate:.0f}", f"{m.rate / best.rate:.2f}", f"{m.same:.1%}"] for m in measurements]
-    columns = ["engine.dtype", "engine.rows", "rollouts/s", "of the best", f"answers as in {first}"]
-    report.print_table(f"{adapter.name}, sampler {sampler.name}, n={cfg.n}", columns, lines)
+    report.print_table(
+        f"{adapter.name}, sampler {sampler.name}, n={cfg.n}",
+        ["engine.dtype", "engine.rows", "rollouts/s", "of the best", f"answers as in {measurements[0].dtype}"],
+        lines,
+    )
     if best.dtype != engine.dtype:
         log.warning(
             "engine=tuned uses engine.dtype=%s instead of %s: with the same random numbers, rounding changed %.1f %% "
             "of the answers measured here; `ltts tune dtypes=[%s]` keeps the dtype",
             best.dtype, engine.dtype, 100 * (1 - best.same), engine.dtype,
         )  # fmt: skip
-    measured = f"{best.rate:.0f} rollouts/s with model {adapter.name}, sampler {sampler.name}, n={cfg.n}"
     machine = environment.machine()
     write_text(
         path,
-        f"# by `ltts tune` on {date.today()}, {machine.get('gpu', machine['processor'])}: {measured}\n"
+        f"# by `ltts tune` on {date.today()}, {machine.get('gpu', machine['processor'])}: "
+        f"{best.rate:.0f} rollouts/s with model {adapter.name}, sampler {sampler.name}, n={cfg.n}\n"
         "defaults: [default, _self_]\n"
         f"dtype: {best.dtype}\ndevice: {engine.device}\nrows: {best.rows}\nquantize: {engine.quantize or 'null'}\n"
         f'graph: "{engine.graph}"\n',

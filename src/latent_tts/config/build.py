@@ -97,7 +97,10 @@ def build(group: str, node: Any) -> Any:
         if cause is not None:
             raise _with_typed_number(cause) from None
         if isinstance(error.__cause__, TypeError):
-            _refuse_unknown_arguments(group, node)
+            known = list(inspect.signature(get_object(node[TARGET])).parameters)
+            for key in map(str, node):
+                if key not in known and not (key.startswith("_") and key.endswith("_")):  # those are Hydra's
+                    raise unknown_key(f"{group}.{key}", known) from None
         reason = " ".join(str(error.__cause__ or error).split())[:200].rstrip(":")
         if isinstance(error.__cause__, AttributeError | TypeError | ValueError | KeyError):
             reason = f"a value is of a wrong type ({reason})"
@@ -113,13 +116,6 @@ def _with_typed_number(error: LatentTTSError) -> LatentTTSError:
         if ast.literal_eval(typed) == ast.literal_eval(shown):
             return type(error)(f"{key}={typed}: {why}")
     return error
-
-
-def _refuse_unknown_arguments(group: str, node: DictConfig) -> None:
-    known = list(inspect.signature(get_object(node[TARGET])).parameters)
-    for key in map(str, node):
-        if key not in known and not (key.startswith("_") and key.endswith("_")):  # those are Hydra's
-            raise unknown_key(f"{group}.{key}", known)
 
 
 def refuse_unknown_keys(cfg: DictConfig, prefix: str = "") -> None:
@@ -217,9 +213,11 @@ def _spell_floats(cfg: DictConfig, place: str, node: Any) -> None:
 
 def _float_parameters(target: Any) -> set[str]:
     """The parameters of an option's object that take floats."""
+    if not isinstance(target, str):
+        return set()
     try:
         parameters = inspect.signature(get_object(target)).parameters
-    except Exception:  # of no name, or whatever its module raises; building the option says so
+    except Exception:  # whatever its module raises; building the option says so
         return set()
     kinds = {name: set(re.findall(r"\w+", str(parameter.annotation))) for name, parameter in parameters.items()}
     return {name for name, words in kinds.items() if "float" in words and "int" not in words}
@@ -244,9 +242,8 @@ def is_given(group: str) -> bool:
 
 def is_default(group: str, cfg: DictConfig) -> bool:
     """Whether neither the command line nor an experiment chose the options of a group of several."""
-    if is_given(group):
-        return False
-    return set(read_command(str(HydraConfig.get().job.config_name)).groups.get(group, ())) == set(cfg[group])
+    usual = read_command(str(HydraConfig.get().job.config_name)).groups
+    return not is_given(group) and set(usual.get(group, ())) == set(cfg[group])
 
 
 def _flat(cfg: DictConfig) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, open_dict
 
 from latent_tts.config.reference import conf_dir
 
-MAX_COMPOSED = 256  # of 20 KB each
+MAX_COMPOSED = 64  # of 150 KB each
 _composed: dict[tuple[object, ...], DictConfig] = {}
 
 

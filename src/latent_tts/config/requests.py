@@ -37,8 +37,12 @@ def run_request(cfg: DictConfig) -> RunRequest:
     Raises:
         UsageError: an option refuses a value.
     """
-    allowed = "must be options of the group, as in aggregator=[majority]"
-    require("aggregator", cfg.aggregator, OmegaConf.is_dict(cfg.aggregator), allowed)
+    require(
+        "aggregator",
+        cfg.aggregator,
+        OmegaConf.is_dict(cfg.aggregator),
+        "must be options of the group, as in aggregator=[majority]",
+    )
     require("paths.cache", cfg.paths.cache, cfg.paths.cache != "", "must be a folder")
     require("cache", cfg.cache, cfg.cache in MODES, 'must be on, refresh or off (in YAML in quotes: "on", "off")')
     chosen = {key for key in ("schedule", "budget", "scorer.checkpoint") if is_given(key)}
@@ -182,14 +186,18 @@ def beside_option(cfg: DictConfig, beside: str | None, own: Sampler) -> tuple[Sa
     """
     if beside is None:
         return None
-    name, colon, value = ("dropout" if own.name == "gaussian" else "gaussian", "", "")
-    if beside != "auto":
-        name, colon, value = beside.partition(":")
-    elif ("rate" if name == "dropout" else "sigma") not in (cfg.model.get("recommended") or ()):
-        return None  # the model recommends no strength
+    if beside == "auto":
+        beside, strength = ("dropout", "rate") if own.name == "gaussian" else ("gaussian", "sigma")
+        if strength not in (cfg.model.get("recommended") or ()):
+            return None
+    name, colon, value = beside.partition(":")
     known = GlobalHydra.instance().config_loader().get_group_options("sampler")
-    allowed = f"must be auto, null or a sampler, as in gaussian:0.2; one of {', '.join(known)}"
-    require("beside", beside, name in known, allowed)
+    require(
+        "beside",
+        beside,
+        name in known,
+        f"must be auto, null or a sampler, as in gaussian:0.2; one of {', '.join(known)}",
+    )
     node = OmegaConf.to_container(compose("run", [f"sampler={name}"]).sampler, resolve=False)
     merged: Any = OmegaConf.create({"model": literal(plain(cfg)["model"]), "sampler": node})
     if colon:
