@@ -355,7 +355,7 @@ def test_rescoring_refuses_what_the_cache_lacks_and_what_has_no_scorer(run, ltts
     [
         (["scorer=nosuch"], ["scorer=nosuch", "auto, latent_rm, none"]),
         (["scorer.reduce=max"], ["scorer.reduce=max", "sum, mean, last"]),
-        (["scorer.positions=left"], ["scorer.positions=left", "correct, official"]),
+        (["scorer.positions=left"], ["scorer.positions=left", "correct or official"]),
         (["scorer=latent_rm", "model.latent_rm=null"], ["scorer.checkpoint=null", "names no LatentRM"]),
         (["scorer=latent_rm", "scorer.checkpoint=no/such/folder"], ["scorer.checkpoint=no/such/folder"]),
         (["aggregator=best_of_n"], ["aggregator=best_of_n", "needs a scorer", "scorer=auto"]),
