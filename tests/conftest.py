@@ -89,8 +89,7 @@ def without_waiting() -> Iterator[None]:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A word-level GPT-2 of one layer with random weights that writes its answers in a word or two."""
     from latent_tts.task.arith import words
-    from latent_tts.training.reasoner.backbone import BackboneConfig
-    from latent_tts.training.reasoner.vocabulary import word_level_tokenizer
+    from latent_tts.training.reasoner.backbone import BackboneConfig, word_level_tokenizer
 
     folder = tmp_path_factory.mktemp("checkpoint")
     backbone = BackboneConfig(layers=1, width=16, heads=2, positions=128, dropout=0.1, number_scale=0.5)

@@ -29,8 +29,7 @@ import pyarrow.parquet as pq
 from latent_tts.results.cache import KEY_JSON
 from latent_tts.results.parts import PartWriter, part_files
 from latent_tts.task.arith import words
-from latent_tts.training.reasoner.backbone import BackboneConfig
-from latent_tts.training.reasoner.vocabulary import word_level_tokenizer
+from latent_tts.training.reasoner.backbone import BackboneConfig, word_level_tokenizer
 
 CHILD = """
 import sys

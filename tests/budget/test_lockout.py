@@ -13,7 +13,7 @@ from latent_tts.aggregator.weighted import Weighted
 from latent_tts.budget.rule.lockout import Lockout
 from latent_tts.errors import UsageError
 from latent_tts.results import statistics
-from latent_tts.text.classes import shared_forms
+from latent_tts.text.answer import shared_forms
 from latent_tts.types import RolloutArrays
 
 ANSWERS = st.lists(st.sampled_from(["7", "12", "3", "100", None]), min_size=1, max_size=14)

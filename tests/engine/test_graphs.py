@@ -154,7 +154,7 @@ def test_so_does_a_graph_of_the_kernels_of_triton(monkeypatch, dtype, sampler, p
     eager, graphed, _ = both("qwen3", device="cuda:0", dtype=dtype, recorder=CudaRecorder, **PLANS[plan])
     assert attention.has_kernel(torch.empty(16, dtype=dtype, device="cuda:0"))
     assert head.has_kernel(torch.empty(16, dtype=dtype, device="cuda:0"))
-    roundings, most = recording._OTHER_ORDER if dtype.itemsize == 4 else recording._OTHER_ORDER_HALF
+    roundings, most = recording._OTHER_ORDER[dtype.itemsize < 4]
     for number, lengths in enumerate(LENGTHS):
         found, wanted = (rolled(engine, SAMPLERS[sampler], number, lengths) for engine in (graphed, eager))
         assert graphs.FixedRollouts.agreement(graphed, found, wanted, roundings) >= most
@@ -259,14 +259,6 @@ def test_without_answers_each_batch_has_its_own_numbers_of_latents():
     for number, lengths in enumerate([*LENGTHS, [5, 5], [7, 2]]):
         found, wanted = (rolled(engine, NOISE, number, lengths, answers=False) for engine in (graphed, eager))
         assert found.steps_R.tolist() == wanted.steps_R.tolist()
-
-
-def test_the_window_grows_with_what_is_used(monkeypatch):
-    monkeypatch.setattr(graphs, "MIN_LENGTH", 4)
-    eager, graphed, recorders = both(answer=5, ends=False)
-    for number, lengths in enumerate([[9, 13], [12, 9], [15, 7]]):
-        assert_same(rolled(graphed, NOISE, number, lengths), rolled(eager, NOISE, number, lengths))
-    assert recorders[0].recorded == 5  # prompts, latents, the first token, and the others in windows of 4 and 8
 
 
 @pytest.mark.parametrize(("family", "sampler", "plan"), [FEW[0], slow(*FEW[3])])

@@ -113,7 +113,7 @@ def passes_of(rollouts: FixedRollouts, sampler: Sampler) -> list[Passes]:
         for position in range(first, plan.max_answer_tokens + 1):
             own = position if sampler.random_answers else None
             grid = grid if grid == (2, 2) else rollouts._all.grid
-            found.append(NextToken(rollouts._all.state.capacity, position == plan.max_answer_tokens, own, grid))
+            found.append(NextToken(position == plan.max_answer_tokens, own, grid))
     return found
 
 

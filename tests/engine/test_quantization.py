@@ -1,6 +1,7 @@
 """`engine.quantize`: which layers, how close, whose numbers depend on whom; and through the command line."""
 
 import json
+from dataclasses import make_dataclass
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -148,7 +149,8 @@ def test_a_run_reports_what_int8_gives_and_keeps_it_apart(run):
 
 
 def test_keys_of_runs_without_it_are_those_of_before():
-    adapter = SimpleNamespace(digest="", prompt_recipe="", latents=6, eos_id=0, eos_ids=(0,))
+    known = {"digest": "", "prompt_recipe": "", "latents": 6, "eos_id": 0, "eos_ids": (0,)}
+    adapter = make_dataclass("Adapter", known)(**known)
     spec: Any = SimpleNamespace(
         adapter=adapter,
         sampler=Greedy(),

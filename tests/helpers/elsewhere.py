@@ -42,9 +42,8 @@ import tiny  # noqa: E402
 from latent_tts.engine import head, prompts  # noqa: E402
 from latent_tts.random import draw as rng  # noqa: E402
 from latent_tts.task.arith import Arith, words  # noqa: E402
-from latent_tts.training.reasoner.backbone import BackboneConfig  # noqa: E402
+from latent_tts.training.reasoner.backbone import BackboneConfig, word_level_tokenizer  # noqa: E402
 from latent_tts.training.reasoner.train import ReasonerModule  # noqa: E402
-from latent_tts.training.reasoner.vocabulary import word_level_tokenizer  # noqa: E402
 from latent_tts.training.reward_model.loss import RewardLoss  # noqa: E402
 from latent_tts.training.reward_model.model import LatentRMModule  # noqa: E402
 

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from latent_tts.task.arith import Arith
+from latent_tts.training.optimization import ReasonerOptimization
 from latent_tts.training.reasoner import train as training
-from latent_tts.training.reasoner.optimization import ReasonerOptimization
 from latent_tts.training.reasoner.pace import Pace
 from latent_tts.training.reasoner.questions import TrainingQuestions
 from latent_tts.training.states import last_state, resumable_state

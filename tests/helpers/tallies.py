@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from latent_tts.budget import Tally
-from latent_tts.text.classes import shared_forms
+from latent_tts.text.answer import shared_forms
 
 
 def tally_of(

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tables import picked_accuracy
 
 from latent_tts.aggregator.likelihood import Likelihood
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.checkpoint.files import load_tokenizer
 from latent_tts.pipeline import models
 from latent_tts.results.run_folder import read_metrics
@@ -96,7 +97,7 @@ def thoughtless(tmp_path_factory) -> Path:
 @pytest.mark.every_other
 @pytest.mark.parametrize("decode", [[], ["answer.decode=winners", "aggregator=[best_of_n]"]])
 def test_rollouts_without_latents_have_no_score_and_are_no_best_of_n(ltts, thoughtless, tmp_path, monkeypatch, decode):
-    monkeypatch.setattr(AnswerRule, "read", lambda self, text, family: "1")
+    monkeypatch.setattr(CheckpointAdapter, "read_answer", lambda self, text, rule: "1")
     monkeypatch.setattr(AnswerRule, "is_right", lambda self, prediction, gold: True)
     scorer = tiny.write_latent_rm(tmp_path / "rm", thoughtless)
     line = ["model=demo_colar", f"model.checkpoint={thoughtless}", "task.limit=3", "n=2", "max_answer_tokens=3"]

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from latent_tts.engine.cost import Shape
+from latent_tts.engine.diversity import DirectionSums
 from latent_tts.engine.rollout import Engine, RolloutState
 from latent_tts.pipeline import drawing
 from latent_tts.pipeline.drawer import Computed, Part, Request
@@ -159,7 +160,7 @@ def test_what_fits_is_remembered_for_the_memory_of_the_worker_that_said_it(monke
     common = {"rows": 8, "device": "cpu", "computations": None}
     driver.workers = [SimpleNamespace(memory=name, **common) for name in ("large", "small")]  # pyright: ignore
     driver._pool, driver.timeline = None, []  # pyright: ignore[reportAttributeAccessIssue]
-    driver._latents, driver._rows = "digest", 8
+    driver._directions, driver._rows = DirectionSums(), 8
     bar = SimpleNamespace(advance=lambda rows: None)
     assert list(driver.parts([], Request(True, False), bar)) == parts  # pyright: ignore[reportArgumentType]
     assert known_to_fit(tmp_path) == {"small": 5}

@@ -15,8 +15,8 @@ from places import place_of_its_own
 from refusal import check_refused
 
 from latent_tts import cli
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.results.run_folder import BUDGET_COLUMNS, read_metrics
-from latent_tts.text.answer import AnswerRule
 
 N = 12
 # of twelve rollouts most are 42, so that some questions stop early and others do not
@@ -299,13 +299,13 @@ def test_a_replay_names_what_it_cannot_replay(ltts, family, full):
 
 
 def test_answers_are_read_while_the_next_batch_is_drawn(ltts, family, monkeypatch):
-    readers, read = [], AnswerRule.read
+    readers, read = [], CheckpointAdapter.read_answer
 
     def remember(self, *arguments):
         readers.append(threading.current_thread().name)
         return read(self, *arguments)
 
-    monkeypatch.setattr(AnswerRule, "read", remember)
+    monkeypatch.setattr(CheckpointAdapter, "read_answer", remember)
     result = ltts("run", *family, *BUDGETS["lockout"], "engine.rows=3", "hydra.run.dir=ahead")
     assert result.code == 0, result.err
     assert "answer reader_0" in readers

@@ -272,12 +272,12 @@ def test_latents_are_thought_again_for_another_scorer_and_to_be_kept(run, cached
 
 @pytest.mark.slow  # the next test grows n too
 def test_each_n_of_a_sweep_gives_the_diversity_that_it_gives_alone(run, monkeypatch):
-    monkeypatch.setattr(drawer.directions, "_sums", {})
+    drawer.directions_of.cache_clear()
     run("n=2", "sampler=gaussian", "scorer=none", "engine.rows=7")
     for n in (3, 6):
         alone = run(f"n={n}", f"paths.cache=alone{n}", "sampler=gaussian", "scorer=none")
         if n == 6:  # as another process would
-            monkeypatch.setattr(drawer.directions, "_sums", {})
+            drawer.directions_of.cache_clear()
         grown = run(f"n={n}", "sampler=gaussian", "scorer=none", "engine.rows=7")
         assert "compute again" not in grown.err
         found, expected = (value(tables(each)[1], "diversity", n=n) for each in (grown, alone))
@@ -291,7 +291,7 @@ def test_sums_of_directions_that_are_lost_are_computed_again(run, monkeypatch, d
     run(*line, "n=3")
     (kept,) = Path("cache").rglob("*.sums")
     damage(kept)
-    monkeypatch.setattr(drawer.directions, "_sums", {})  # as another process would
+    drawer.directions_of.cache_clear()  # as another process would
     grown = run(*line, "n=6")
     assert "latents of 18 cached rollouts to compute again, for diversity" in grown.err
     found, expected = (value(tables(each)[1], "diversity", n=6) for each in (grown, whole))
@@ -355,7 +355,7 @@ def test_rescoring_refuses_what_the_cache_lacks_and_what_has_no_scorer(run, ltts
     [
         (["scorer=nosuch"], ["scorer=nosuch", "auto, latent_rm, none"]),
         (["scorer.reduce=max"], ["scorer.reduce=max", "sum, mean, last"]),
-        (["scorer.positions=left"], ["scorer.positions=left", "correct, official"]),
+        (["scorer.positions=left"], ["scorer.positions=left", "correct or official"]),
         (["scorer=latent_rm", "model.latent_rm=null"], ["scorer.checkpoint=null", "names no LatentRM"]),
         (["scorer=latent_rm", "scorer.checkpoint=no/such/folder"], ["scorer.checkpoint=no/such/folder"]),
         (["aggregator=best_of_n"], ["aggregator=best_of_n", "needs a scorer", "scorer=auto"]),

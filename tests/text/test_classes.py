@@ -3,8 +3,7 @@ from itertools import permutations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latent_tts.text.answer import AnswerRule
-from latent_tts.text.classes import shared_forms
+from latent_tts.text.answer import AnswerRule, shared_forms
 
 quick = settings(derandomize=True, deadline=None, max_examples=100)
 ANSWERS = st.lists(st.none() | st.text("abc", max_size=3), max_size=10)

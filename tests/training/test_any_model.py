@@ -70,7 +70,7 @@ def test_logits_after_latents_are_the_models_own(family, tmp_path):
 
 def test_a_model_that_training_does_not_compute_is_refused(tmp_path):
     lm = trainable("ctrl", tmp_path)
-    words = r"init=CTRLLMHeadModel: training does not compute this model as it computes itself: hidden states are off"
+    words = r"init=CTRLLMHeadModel: training does not compute this model as it computes itself: log-prob"
     with pytest.raises(UsageError, match=words):
         check_computation(lm)
 

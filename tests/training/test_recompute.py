@@ -10,7 +10,7 @@ from latent_tts.errors import UsageError
 from latent_tts.task.arith import Arith
 from latent_tts.training.reasoner.batch import Sequences
 from latent_tts.training.reasoner.train import ReasonerModule
-from latent_tts.training.recompute import blocks_of, recomputing_blocks
+from latent_tts.training.recompute import recomputing_blocks
 
 
 def gradients(module, questions, stage):
@@ -62,9 +62,9 @@ def test_passes_over_a_growing_cache_of_several_blocks_are_equal():
         return [p.grad.clone() for p in lm.parameters() if p.grad is not None]
 
     assert all(map(torch.equal, gradient(True), gradient(False)))
-    assert not any("forward" in vars(block) for block in blocks_of(lm))
+    assert not any("forward" in vars(block) for block in lm.modules())
 
 
 def test_a_model_without_known_blocks_is_refused():
     with pytest.raises(UsageError, match=r"optimization\.gradient_checkpointing=true: must be false"):
-        blocks_of(torch.nn.Linear(2, 2))
+        recomputing_blocks(torch.nn.Linear(2, 2)).__enter__()

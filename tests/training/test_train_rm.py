@@ -17,11 +17,11 @@ from transformers.trainer_utils import EvalPrediction
 
 from latent_tts.errors import RunError, UsageError
 from latent_tts.results.annotations import AnnotationFolder
+from latent_tts.training.optimization import RewardOptimization
 from latent_tts.training.reward_model import train as reward
 from latent_tts.training.reward_model.data import MixedQuestions, collate
 from latent_tts.training.reward_model.loss import RewardLoss
 from latent_tts.training.reward_model.model import LatentRMModule
-from latent_tts.training.reward_model.optimization import RewardOptimization
 from latent_tts.training.states import last_state
 
 OPTIMIZATION = RewardOptimization(

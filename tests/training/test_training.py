@@ -27,13 +27,12 @@ from latent_tts.random.draw import Draw
 from latent_tts.recipe.coconut import Coconut as Recipe
 from latent_tts.sampler.greedy import Greedy
 from latent_tts.task.arith import Arith, words
+from latent_tts.training.optimization import ReasonerOptimization
 from latent_tts.training.reasoner import coconut
 from latent_tts.training.reasoner import train as training
-from latent_tts.training.reasoner.backbone import BackboneConfig
+from latent_tts.training.reasoner.backbone import BackboneConfig, word_level_tokenizer
 from latent_tts.training.reasoner.batch import encode_batch, question_batches, token_batches, token_loss
 from latent_tts.training.reasoner.curriculum import Stage, written_text
-from latent_tts.training.reasoner.optimization import ReasonerOptimization
-from latent_tts.training.reasoner.vocabulary import word_level_tokenizer
 from latent_tts.training.states import last_state, write_digests
 from latent_tts.training.trainer import ResumableTrainer
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from latent_tts.text.classes import shared_forms
+from latent_tts.text.answer import shared_forms
 from latent_tts.types import Bools, Float64, Int64
 
 TIE = 1e-12  # relative; as in `results.statistics`: sums of equal weights differ by less, whatever their order

@@ -14,17 +14,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
+
+from tokenizers import Tokenizer
 
 from latent_tts.checkpoint import files, joining
 from latent_tts.errors import UsageError, as_typed, is_whole, require
+from latent_tts.schedule import Schedule
 from latent_tts.text.answer import AnswerRule
 from latent_tts.types import Question, Reasoner
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-    from latent_tts.schedule import Schedule
 
 log = logging.getLogger(__name__)
 MAX_WORDS = 120  # of a vocabulary that an error lists
@@ -57,7 +55,7 @@ class CheckpointAdapter:
     eos: str | int | Sequence[str | int] | None = None
 
     family: ClassVar[str]
-    question_end: ClassVar[str]  # written between the question and <|start-latent|>
+    question_end: ClassVar[str] = ""  # written between the question and <|start-latent|>
 
     def __post_init__(self) -> None:
         require(
@@ -168,8 +166,7 @@ class CheckpointAdapter:
             found = shapes.get(prefix + name)
             require("model.checkpoint", self.folder, found is not None, f"the {part} lacks {prefix}{name}")
             allowed = f"with the backbone's width of {self.width} it must be {shape}"
-            why = f"{prefix}{name} has the shape {found}; {allowed}"
-            require("model.checkpoint", self.folder, found == shape, why)
+            require("model.checkpoint", self.folder, found == shape, f"{prefix}{name} has the shape {found}; {allowed}")
 
     def check_tokens(self) -> None:
         """Check that the tokenizer has what prompts are made of; raises UsageError."""
@@ -195,9 +192,8 @@ class CheckpointAdapter:
     @cached_property
     def identity(self) -> str:
         """`digest`, and a digest of prompts and end tokens where files that it leaves out say what they are."""
-        of_config = self._special_ids("eos")["config.json"]
         beside = any((self.folder / name).is_file() for name in files.BESIDE_TOKENIZER)
-        if not beside and set(self.eos_ids) == set(of_config):
+        if not beside and set(self.eos_ids) == set(self._special_ids("eos")["config.json"]):
             return self.digest
         read = json.dumps([self.prompt_recipe, sorted(self.eos_ids)])
         return f"{self.digest}-{hashlib.sha256(read.encode()).hexdigest()[:6]}"
@@ -261,8 +257,12 @@ class CheckpointAdapter:
             chosen = self.eos if isinstance(self.eos, list | tuple) else [self.eos]
             ids = [self.tokenizer.token_to_id(token) if isinstance(token, str) else token for token in chosen]
             known = [token for token in ids if files.is_token(token, self.tokenizer)]
-            allowed = f"must be a token of {self.checkpoint}, by its text or id, or a list of them"
-            require("model.eos", self.eos, bool(known) and known == ids, allowed)
+            require(
+                "model.eos",
+                self.eos,
+                bool(known) and known == ids,
+                f"must be a token of {self.checkpoint}, by its text or id, or a list of them",
+            )
             return tuple(dict.fromkeys(known))
         named = self._special_ids("eos")
         of_tokenizer = named["tokenizer_config.json"]
@@ -274,8 +274,7 @@ class CheckpointAdapter:
             bool(first),
             f"none of {', '.join(named)} names the token that ends an answer\nname it, as in model.eos='<|im_end|>'",
         )
-        markers = {self.tokenizer.token_to_id(token) for token in files.LATENT_TOKENS}
-        markers.update(*self._special_ids("pad").values())
+        markers = set(map(self.tokenizer.token_to_id, files.LATENT_TOKENS)).union(*self._special_ids("pad").values())
         everything = dict.fromkeys([first[0], *(token for ids in named.values() for token in ids)])
         return tuple(token for token in everything if token == first[0] or token not in markers)
 
@@ -352,8 +351,8 @@ class CheckpointAdapter:
         return rule.parse((self.decimal_answer if rule.name == "decimal" else self.answer_span)(answer_text))
 
     def answer_span(self, answer_text: str) -> str | None:
-        """The part of an answer's text that holds the answer, unchanged: all of it, unless a family says otherwise."""
-        return answer_text.strip()
+        """The part of an answer's text that holds the answer, unchanged: what follows the last `#`, or all of it."""
+        return answer_text.rpartition("#")[2].strip()
 
     def decimal_answer(self, answer_text: str) -> str | None:
         """The number in an answer's text: the answer, unless a family's own evaluation reads numbers in another way."""

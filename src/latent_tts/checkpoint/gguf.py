@@ -26,11 +26,11 @@ FIELDS_READ = {
     "context_length", "block_count", "feed_forward_length", "embedding_length", "vocab_size", "rope.freq_base",
     "rope.dimension_count", "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon",
     "attention.key_length", "attention.value_length",
+    "tensor_data_layout", "rope.scaling.finetuned",  # how the file was made
 }  # fmt: skip
 # values with which a field that is dropped changes nothing
 NEUTRAL = {"rope.scaling.type": "none", "attention.causal": True, "expert_count": 0, "expert_used_count": 0}
 SPLITTING = "tokenizer.ggml.pre"  # the only one of the tokenizer that is read here
-TENSOR_FIELDS = {"tensor_data_layout", "rope.scaling.finetuned"}  # how the file was made
 HEAD_WIDTHS = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 WEIGHTS_READ = (
     r"(token_embd|output_norm|output|blk\.\d+\.(attn_(q|k|v|output|(q_|k_)?norm)|ffn_(norm|gate|up|down)))\.weight"
@@ -53,9 +53,8 @@ def find_file(checkpoint: str, key: str) -> Path:
     name = Path(checkpoint.removeprefix(PREFIX)).expanduser()
     fetched = models_folder() / name.name
     file = fetched if not name.is_file() and name.name == str(name) else name
-    if not file.is_file():
-        hint = f"; `{FETCHED[file.name]}` fetches it" if file.name in FETCHED else ""
-        raise bad_value(key, checkpoint, f"no such file{hint}")
+    hint = f"; `{FETCHED[file.name]}` fetches it" if file.name in FETCHED else ""
+    require(key, checkpoint, file.is_file(), f"no such file{hint}")
     return file
 
 
@@ -79,8 +78,12 @@ def check(file: Path, key: str) -> str | None:
         UsageError: gguf is not installed, or the file is damaged, of an architecture that is not supported, or has a
             field or weight that transformers drops, so that another model would be computed.
     """
-    why = "gguf is not installed: pip install '.[gguf]' in the clone"
-    require(key, f"{PREFIX}{file}", find_spec("gguf") is not None, why)
+    require(
+        key,
+        f"{PREFIX}{file}",
+        find_spec("gguf") is not None,
+        "gguf is not installed: pip install '.[gguf]' in the clone",
+    )
     from gguf import GGUFReader
 
     try:
@@ -93,15 +96,15 @@ def check(file: Path, key: str) -> str | None:
             key, f"{PREFIX}{file}", f"truncated or not GGUF ({' '.join(str(error).split())[:120]})"
         ) from error
     architecture = fields.get("general.architecture")
-    why = f"is a GGUF file of the architecture {architecture}; must be one of {', '.join(ARCHITECTURES)}"
-    require(key, f"{PREFIX}{file}", architecture in ARCHITECTURES, why)
+    require(
+        key,
+        f"{PREFIX}{file}",
+        architecture in ARCHITECTURES,
+        f"is a GGUF file of the architecture {architecture}; must be one of {', '.join(ARCHITECTURES)}",
+    )
     start = f"{architecture}."
     own = {name.removeprefix(start): value for name, value in fields.items() if name.startswith(start)}
-    dropped = [
-        f"{start}{name}={own[name]}"
-        for name in own.keys() - FIELDS_READ - TENSOR_FIELDS
-        if own[name] != NEUTRAL.get(name)
-    ]
+    dropped = [f"{start}{name}={own[name]}" for name in own.keys() - FIELDS_READ if own[name] != NEUTRAL.get(name)]
     if len({own[name] for name in HEAD_WIDTHS if name in own}) > 1:
         dropped.append(" ".join(f"{start}{name}={own[name]}" for name in HEAD_WIDTHS if name in own))
     read = re.compile(rf"{WEIGHTS_READ}|{BIASES_READ}" if architecture == "qwen2" else WEIGHTS_READ)
@@ -136,13 +139,15 @@ def convert(file: Path, folder: Path, key: str) -> None:
             )
             tokenizer: Any = AutoTokenizer.from_pretrained(file.resolve().parent, gguf_file=file.name)
     except (RuntimeError, ValueError, OSError, KeyError, TypeError, ImportError, AttributeError) as error:
-        why = f"transformers cannot read it: {' '.join(str(error).split())[:200]}"
-        raise bad_value(key, f"{PREFIX}{file}", why) from error
+        raise bad_value(
+            key, f"{PREFIX}{file}", f"transformers cannot read it: {' '.join(str(error).split())[:200]}"
+        ) from error
     lm, info = loaded
     missing = min(info["missing_keys"], default=None)
     require(key, f"{PREFIX}{file}", missing is None, f"lacks the weight {missing}")
     del lm.config.quantization_config  # the weights are plain now, and with a record `save_pretrained` refuses
-    lm.hf_quantizer, lm.is_quantized = None, False
+    lm.hf_quantizer = None
+    lm.is_quantized = False
     lm.save_pretrained(folder)
     for name in ("bos", "eos", "pad"):  # transformers 5.17 gives the tokenizer others than the file has
         token = getattr(lm.config, f"{name}_token_id")

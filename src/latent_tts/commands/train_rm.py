@@ -20,9 +20,9 @@ from latent_tts.pipeline.spec import check_run
 from latent_tts.pipeline.temperature import choose_temperature, write_temperature
 from latent_tts.results import report
 from latent_tts.results.files import locked_folder
+from latent_tts.training.optimization import RewardOptimization
 from latent_tts.training.reward_model.data import open_questions
 from latent_tts.training.reward_model.loss import RewardLoss
-from latent_tts.training.reward_model.optimization import RewardOptimization
 from latent_tts.training.states import FINISHED, STATES, claim, log_once_per_launch
 
 log = logging.getLogger(__name__)

@@ -100,21 +100,22 @@ def compute_in_batches(
         halve: makes the size half that of a batch; returns whether it could.
         device: whose unused memory is given back before the smaller batches.
     """
-    for batch in list(divide(jobs)):
-        for piece in divide(batch):  # the same, unless one before it did not fit
-            try:
-                result = compute(piece)
-            except (RuntimeError, MemoryError) as error:
-                if not (is_out_of_memory(error) and halve(piece)):
-                    raise
-                traceback.clear_frames(error.__traceback__)  # they hold the tensors that are to be freed
-            else:
-                yield result
-                continue
-            gc.collect()
-            if is_gpu(device):
-                torch.cuda.empty_cache()
-            yield from compute_in_batches(piece, compute, divide, halve, device)
+    left = list(divide(jobs))
+    while left:
+        try:
+            result = compute(left[0])
+        except (RuntimeError, MemoryError) as error:
+            if not (is_out_of_memory(error) and halve(left[0])):
+                raise
+            traceback.clear_frames(error.__traceback__)  # they hold the tensors that are to be freed
+        else:
+            yield result
+            del left[0]
+            continue
+        gc.collect()
+        if is_gpu(device):
+            torch.cuda.empty_cache()
+        left = [piece for batch in left for piece in divide(batch)]
 
 
 def warn_of_halving(rows: int, device: torch.device | str) -> None:

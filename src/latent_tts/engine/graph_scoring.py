@@ -67,7 +67,8 @@ class FixedScores(Bucket[ScorePasses, Tensor]):
 
     def tensors(self) -> list[Tensor]:
         """See `Bucket`."""
-        return [self._ids_QL, self._lengths_Q, self._latents_RTD, self._scores_RT, *self._state.tensors()]
+        own = [self._ids_QL, self._lengths_Q, self._latents_RTD, self._scores_RT]
+        return [*own, *self._state.of_questions(), *self._state.of_rows()]
 
     def load(self, prompts: list[list[int]], latents_RTD: Tensor) -> None:
         """Begin another batch of the same sizes."""

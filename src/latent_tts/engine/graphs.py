@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from latent_tts.engine.attention import has_kernel
 from latent_tts.engine.head import Choice
 from latent_tts.engine.prompts import pad_prompts
 from latent_tts.engine.recording import (
@@ -64,13 +63,11 @@ class NextToken:
     """The pass that chooses a later answer token.
 
     Attributes:
-        window: slots that it looks at.
         over: whether only an eos may still come.
         position: of the token in the answer; None where the device knows it, since no random number depends on it.
         grid: of the rows that run.
     """
 
-    window: int
     over: bool
     position: int | None
     grid: Grid
@@ -98,10 +95,8 @@ def smaller_grid(left_P: Sequence[int], grid: Grid) -> Grid | None:
     """
     prefixes, rollouts = (power_of_two(number) for number in (sum(left > 0 for left in left_P), max(left_P)))
     prefixes, rollouts = min(prefixes, grid[0]), min(rollouts, grid[1])
-    while prefixes * rollouts < MIN_ROWS and rollouts < grid[1]:
-        rollouts = min(2 * rollouts, grid[1])
-    while prefixes * rollouts < MIN_ROWS and prefixes < grid[0]:
-        prefixes = min(2 * prefixes, grid[0])
+    rollouts = min(power_of_two(-(-MIN_ROWS // prefixes), rollouts), grid[1])
+    prefixes = min(power_of_two(-(-MIN_ROWS // rollouts), prefixes), grid[0])
     return (prefixes, rollouts) if 2 * prefixes * rollouts <= grid[0] * grid[1] else None
 
 
@@ -137,11 +132,11 @@ class AnswerRows:
         prefix_P = alive_PN.sum(1).argsort(descending=True, stable=True)[:prefixes]
         inside_PN = alive_PN[prefix_P].int().argsort(dim=1, descending=True, stable=True)[:, :rollouts]
         rows_R = (prefix_P[:, None] * all_rollouts + inside_PN).flatten()
-        self.state.take(other.state, prefix_P, rows_R)
-        self.draw.keys_R2.copy_(other.draw.keys_R2[rows_R])
-        self.draw.rollouts_R.copy_(other.draw.rollouts_R[rows_R])
-        self.here_R.copy_(other.here_R[rows_R])
-        self.keep(other.token_R[rows_R], other.alive_R[rows_R])
+        for kept, part in zip(self.state.of_questions(), other.state.of_questions(), strict=True):
+            kept.copy_(part.index_select(0, prefix_P))
+        for kept, part in zip(self.of_rows(), other.of_rows(), strict=True):
+            kept.copy_(part.index_select(0, rows_R))
+        self.left_P.copy_(self.alive_R.view(self.grid).sum(1))
 
     def keep(self, token_R: Tensor, alive_R: Tensor) -> None:
         """Set what was chosen last, and which rows go on."""
@@ -151,8 +146,12 @@ class AnswerRows:
 
     def tensors(self) -> list[Tensor]:
         """All of them."""
-        own = [self.here_R, self.token_R, self.alive_R, self.left_P]
-        return [*self.state.tensors(), self.draw.keys_R2, self.draw.rollouts_R, *own]
+        return [*self.state.of_questions(), *self.of_rows(), self.left_P]
+
+    def of_rows(self) -> list[Tensor]:
+        """Those with an entry per row."""
+        own = [self.draw.keys_R2, self.draw.rollouts_R, self.here_R, self.token_R, self.alive_R]
+        return [*self.state.of_rows(), *own]
 
 
 def copied_draw(draw: Draw) -> Draw:
@@ -246,7 +245,6 @@ class FixedRollouts(RolloutState, Bucket[Passes, Rollouts]):
         run(FirstToken(made))
         left.read()
         first, last = len(plan.forced_ids) + 1, plan.max_answer_tokens - (plan.eos_id is None)
-        used = self._used_after(made) + len(self.engine.ending_ids) + bool(made)
         for position in range(first, last + 1):
             left_P = left.before_last()
             if left_P is not None and not any(left_P):
@@ -260,20 +258,9 @@ class FixedRollouts(RolloutState, Bucket[Passes, Rollouts]):
                     rows = self._rows[grid]
                     left = _LateReading(rows.left_P)
                     left.read()
-            window = self._window_of(used + position - first + 1)
             own = position if random else None
-            run(NextToken(window, position == plan.max_answer_tokens, own, rows.grid))
+            run(NextToken(position == plan.max_answer_tokens, own, rows.grid))
             left.read()
-
-    def _window_of(self, slots: int) -> int:
-        """How many slots a pass that sees some looks at: one recording serves several passes of the same window.
-
-        The kernel reads from the device how many there are; operators look at all, so that their windows grow.
-        """
-        state = self._all.state
-        if state.suffix and has_kernel(state.suffix[0][0]):
-            return state.capacity
-        return min(power_of_two(slots, MIN_LENGTH), state.capacity)
 
     def run(self, passes: Passes) -> None:
         """See `Bucket`."""
@@ -379,7 +366,7 @@ class FixedRollouts(RolloutState, Bucket[Passes, Rollouts]):
         rows = self._rows[passes.grid]
         step = self._plan.latents + (len(self._plan.forced_ids) + 1 if passes.position is None else passes.position)
         self._hooks.set_pass(rows.draw, Forward("answer", step, 1))
-        hidden_R1D = rows.state.append_at(self._embed(rows.token_R)[:, None], self._at_1, passes.window)
+        hidden_R1D = rows.state.append_at(self._embed(rows.token_R)[:, None], self._at_1)
         choice = self._token_after(hidden_R1D[:, 0], rows.draw, step)
         self._take(rows, choice, self._position_1, over=passes.over)
 
@@ -449,15 +436,17 @@ class GraphEngine(Engine):
         def usual() -> Rollouts:
             return Engine.roll(self, prompts, draw, sampler, donor_RTD=donor_RTD, answers=answers)
 
-        key = self._key(prompts, draw, sampler, answers=answers)
-        if key is None or donor_RTD is not None:
+        tokens = self.plan.max_answer_tokens + (self.plan.eos_id is not None) - len(self.plan.forced_ids)
+        longest = max(map(len, prompts)) - self.plan.owns_last(sampler)
+        if not self._usable or donor_RTD is not None or longest < 1 or (answers and tokens < 1):
             return usual()
+        length = power_of_two(longest, MIN_LENGTH)
 
         def fixed(known: FixedRollouts | None) -> tuple[FixedRollouts, Rollouts]:
             with SiteHooks(self.lm, sampler) as hooks:
                 # without a circle of references, buckets go with their engine and not when garbage is collected
                 bucket = known or FixedRollouts(
-                    proxy(self), hooks, draw, len(prompts), key[3], self._recordings.new_recorder()
+                    proxy(self), hooks, draw, len(prompts), length, self._recordings.new_recorder()
                 )
                 found = bucket.record_or_replay(
                     partial(bucket.load, prompts, draw, hooks), partial(bucket.walk, answers=answers)
@@ -465,16 +454,6 @@ class GraphEngine(Engine):
                 bucket.wanted_before.update(bucket.wanted)
             return bucket, found
 
-        return self._recordings.compute(key, usual, fixed)
-
-    def _key(
-        self, prompts: list[list[int]], draw: Draw, sampler: Sampler, *, answers: bool
-    ) -> tuple[str, int, int, int, int, bool] | None:
-        """What a batch shares with the others of its bucket; None where it is not to be recorded."""
-        tokens = self.plan.max_answer_tokens + (self.plan.eos_id is not None) - len(self.plan.forced_ids)
-        longest = max(map(len, prompts)) - self.plan.owns_last(sampler)
-        length = power_of_two(longest, MIN_LENGTH)
-        if not self._usable or longest < 1 or (answers and tokens < 1):
-            return None
         self._samplers[id(sampler)] = sampler
-        return "rollouts", len(prompts), draw.rollouts_R.shape[0], length, id(sampler), answers
+        key = "rollouts", len(prompts), draw.rollouts_R.shape[0], length, id(sampler), answers
+        return self._recordings.compute(key, usual, fixed)

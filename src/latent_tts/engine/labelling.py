@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -75,9 +76,8 @@ def label_batch(
         RunError: a latent or a log-probability is not finite.
     """
     n, device = labelling.rollouts, engine.device
-    ids = [job.question_id for job in jobs]
     numbers_QN = torch.arange(n, device=device).expand(len(jobs), n)
-    draw = Draw.of(labelling.seed, ids, numbers_QN, engine.width, engine.blocks)
+    draw = Draw.of(labelling.seed, [job.question_id for job in jobs], numbers_QN, engine.width, engine.blocks)
     with SiteHooks(engine.lm, sampler) as hooks:
         state = RolloutState.start(engine, [job.prompt for job in jobs], draw, hooks).make_latents()
         rollouts = state.decode_answers()
@@ -108,10 +108,8 @@ def label_batch(
             continue
         steps = steps_QN[place].tolist()
         written = written_ids(job.prompt, steps, labelling.latent_id, end_ids, eos_id)
-        labels_NT, corrects_N = labels_QNT[place], corrects_QN[place]
-        entries.append(
-            LabelledQuestion(job.question_id, job.index, written, latents_QNTD[place], labels_NT, corrects_N)
-        )
+        values = latents_QNTD[place], labels_QNT[place], corrects_QN[place]
+        entries.append(LabelledQuestion(job.question_id, job.index, written, *values))
     return entries, done
 
 
@@ -157,11 +155,10 @@ def _require_finite(rollouts: Rollouts, jobs: Sequence[LabelJob], owners: np.nda
 
 def _are_right(jobs: Sequence[LabelJob], owners: np.ndarray, answers: Sequence[list[int]]) -> Bools:
     """Which answers are right. Rows of a question often have equal answers, so each is read once."""
-    seen: dict[tuple[int, tuple[int, ...]], bool] = {}
-    right = np.empty(len(answers), dtype=np.bool_)
-    for row, (owner, ids) in enumerate(zip(owners.tolist(), answers, strict=True)):
-        key = (owner, tuple(ids))
-        if key not in seen:
-            seen[key] = jobs[owner].is_right(ids)
-        right[row] = seen[key]
-    return right
+
+    @cache
+    def is_right(owner: int, ids: tuple[int, ...]) -> bool:
+        return jobs[owner].is_right(list(ids))
+
+    found = [is_right(owner, tuple(ids)) for owner, ids in zip(owners.tolist(), answers, strict=True)]
+    return np.array(found, dtype=np.bool_)

@@ -32,11 +32,9 @@ def check_products(kind: str, device: str) -> None:
     Raises:
         UsageError: it cannot.
     """
-    if kind == "float8":
-        fit = is_gpu(device) and torch.cuda.get_device_capability(device) >= FLOAT8_FROM
-        needed = f"{device} has no float8 products: they take CUDA with compute capability {FLOAT8_FROM[0]}."
-        if not fit:
-            raise bad_value(KEY, kind, f"{needed}{FLOAT8_FROM[1]} or more\nengine.quantize=int8 runs on a CPU too")
+    fit = kind != "float8" or (is_gpu(device) and torch.cuda.get_device_capability(device) >= FLOAT8_FROM)
+    needed = f"{device} has no float8 products: they take CUDA with compute capability {FLOAT8_FROM[0]}."
+    require(KEY, kind, fit, f"{needed}{FLOAT8_FROM[1]} or more\nengine.quantize=int8 runs on a CPU too")
 
 
 def quantize(lm: PreTrainedModel, kind: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -32,7 +32,7 @@ _OTHER_ORDER = (256.0, 0.9), (16.0, 0.5)  # in tensors of other sizes, so summed
 MAX_RECORDED = 256  # passes of a bucket; later answer tokens of a sampler that is random in answers are not recorded
 # tokens of prompts, padding included, up to which their pass is recorded: more of them take longer than launching
 PROMPT_TOKENS = 1 << 12
-MIN_LENGTH = 16  # of prompts, and slots that a pass looks at: both grow by powers of two
+MIN_LENGTH = 16  # of prompts, whose lengths grow by powers of two
 
 Replay: TypeAlias = Callable[[], object]
 Pass = TypeVar("Pass", bound=Hashable)
@@ -68,19 +68,13 @@ class CudaRecorder:
                     failed = error
                     raise
         except Exception as error:
-            _end_allocation(device, self._pool)
+            # where CUDA has broken a recording off, torch leaves open what it allocates from: it would hold the memory
+            # for good, and give nothing back when memory runs out
+            with suppress(RuntimeError):  # closed, where CUDA went on until the recording ended
+                torch._C._cuda_endAllocateToPool(device.index, self._pool)
+                torch._C._cuda_releasePool(device.index, self._pool)
             raise (failed or error) from None
         return graph.replay
-
-
-def _end_allocation(device: torch.device, pool: tuple[int, int]) -> None:
-    """Give up what a recording allocates from, where CUDA has broken it off: torch then leaves that undone.
-
-    It would hold the memory for good, and give nothing back when memory runs out.
-    """
-    with suppress(RuntimeError):  # it was done, where CUDA went on until the recording ended
-        torch._C._cuda_endAllocateToPool(device.index, pool)
-        torch._C._cuda_releasePool(device.index, pool)
 
 
 @cache
@@ -150,24 +144,21 @@ class Bucket(Generic[Pass, Found]):
         """
         met: dict[Pass, None] = {}  # in the order in which they were first run
 
-        def run_or_replay(passes: Pass) -> None:
-            if passes in self.trusted:
+        def run(passes: Pass, replayed: Collection[Pass]) -> None:
+            if passes in replayed:
                 self._replays[passes]()
             else:
                 met[passes] = None
                 self.run(passes)
 
-        def replay(passes: Pass) -> None:
-            self._replays.get(passes, partial(self.run, passes))()
-
         load()
-        found = walk(run_or_replay)
+        found = walk(partial(run, replayed=self.trusted))
         if recorded := [passes for passes in met if passes in self._replays]:
             for tensor in self.tensors():
                 if tensor.is_floating_point():
                     tensor.zero_()  # a recording that writes nothing would find what was run
             load()
-            self.check(walk(replay), found, _REPLAYED, "when they are replayed")
+            self.check(walk(partial(run, replayed=self._replays)), found, _REPLAYED, "when they are replayed")
             self.trusted.update(recorded)
         new = [passes for passes in met if passes not in self._replays]
         for passes in new[: MAX_RECORDED - len(self._replays)]:

@@ -170,7 +170,9 @@ class KeyValueState:
         if self.window > self.capacity:
             raise ValueError(f"{self.used} slots and {tokens} more exceed the capacity of {self.capacity}")
         self.slots_S = torch.arange(self.used, self.window, device=self.lengths_Q.device)
-        self.later_SC = None if tokens == 1 else self._slots_after(self.slots_S)
+        self.later_SC = None
+        if tokens > 1:
+            self.later_SC = torch.arange(self.window, device=self.slots_S.device) > self.slots_S[:, None]
 
     def write_suffix(self, layer: int, key: Tensor, value: Tensor) -> Piece:
         """Add keys and values (R, H, S, K) to a layer's suffixes; returns those of the slots that the pass looks at."""
@@ -204,9 +206,6 @@ class KeyValueState:
         start = len(self.lengths_Q)
         self.lengths_Q = torch.cat([self.lengths_Q, lengths_Q]) if start else lengths_Q
         return slice(start, len(self.lengths_Q))
-
-    def _slots_after(self, slots_S: Tensor) -> Tensor:
-        return torch.arange(self.window, device=slots_S.device) > slots_S[:, None]
 
     def _run_suffix(self, embeddings_RSD: Tensor) -> Tensor:
         """Run tokens in the slots that are set; their positions are counted without gaps."""
@@ -282,19 +281,18 @@ class FixedState(KeyValueState):
         if self.valid_RC is not None:
             self.valid_RC.fill_(True)
 
-    def append_at(self, embeddings_R1D: Tensor, at_1: Tensor, window: int) -> Tensor:
+    def append_at(self, embeddings_R1D: Tensor, at_1: Tensor) -> Tensor:
         """Append a token to every row in a slot that the device knows, so that one recording serves several slots.
 
         Args:
             embeddings_R1D: what is appended.
             at_1: the slot (int64), the next one afterwards.
-            window: slots that the tokens look at.
 
         Returns:
             Final hidden states (R, 1, D).
         """
-        self.slots_S, self.window = at_1, window
-        self.later_SC = self._slots_after(at_1)
+        self.slots_S, self.window = at_1, self.capacity
+        self.later_SC = torch.arange(self.window, device=at_1.device) > at_1[:, None]
         hidden_R1D = self._run_suffix(embeddings_R1D)
         at_1.add_(1)
         return hidden_R1D
@@ -317,7 +315,7 @@ class FixedState(KeyValueState):
         return keys[:, :, : self.window], values[:, :, : self.window]
 
     def for_rows(self, questions: int, rollouts: int) -> FixedState:
-        """A state for fewer rows of fewer questions; `take` fills it."""
+        """A state for fewer rows of fewer questions, in memory of its own."""
         rows, other = questions * rollouts, copy(self)
         other.rollouts, other.lengths_Q = rollouts, self.lengths_Q[:questions].clone()
         other.prefix = [[(keys[:questions].clone(), values[:questions].clone())] for [(keys, values)] in self.prefix]
@@ -325,21 +323,12 @@ class FixedState(KeyValueState):
         other.valid_RC = None if self.valid_RC is None else self.valid_RC[:rows].clone()
         return other
 
-    def take(self, other: FixedState, questions: Tensor, rows: Tensor) -> None:
-        """Copy some of the prefixes and suffixes of a state of the same capacity."""
-        for kept, part in zip(self._of_questions(), other._of_questions(), strict=True):
-            kept.copy_(part.index_select(0, questions))
-        for kept, part in zip(self._of_rows(), other._of_rows(), strict=True):
-            kept.copy_(part.index_select(0, rows))
-
-    def tensors(self) -> list[Tensor]:
-        """All that it holds so far."""
-        return [*self._of_questions(), *self._of_rows()]
-
-    def _of_questions(self) -> list[Tensor]:
+    def of_questions(self) -> list[Tensor]:
+        """Its tensors with an entry per prefix."""
         return [self.lengths_Q, *(part for [piece] in self.prefix for part in piece)]
 
-    def _of_rows(self) -> list[Tensor]:
+    def of_rows(self) -> list[Tensor]:
+        """Its tensors with an entry per row, as far as they are made."""
         return [part for piece in self.suffix for part in piece] + ([] if self.valid_RC is None else [self.valid_RC])
 
     def _add_questions(self, lengths_Q: Tensor) -> slice:

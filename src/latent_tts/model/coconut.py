@@ -13,7 +13,3 @@ class Coconut(CheckpointAdapter):
 
     family = "COCONUT"
     question_end = "\n"
-
-    def answer_span(self, answer_text: str) -> str:
-        """The text after the last `#`."""
-        return answer_text.rpartition("#")[2].strip()

@@ -19,7 +19,6 @@ class Codi(CheckpointAdapter):
     """Adapter of CODI checkpoints on any causal LM of transformers."""
 
     family = "CODI"
-    question_end = ""
 
     def check_tensors(self, shapes: Mapping[str, list[int]]) -> None:
         """Check that the projector is complete and has the width of the backbone.

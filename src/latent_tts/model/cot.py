@@ -17,7 +17,7 @@ from latent_tts.checkpoint import files
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.text.number import MINUS, canonical_number, closing
-from latent_tts.text.template import QUESTION, TemplateError, render_prompt
+from latent_tts.text.template import QUESTION, render_prompt
 from latent_tts.types import Question
 
 PLAIN, CHAT = "plain", "chat"
@@ -111,7 +111,7 @@ class Cot(CheckpointAdapter):
         else:
             try:
                 text = render_prompt(self._template, question.text, self._tokens)
-            except TemplateError as error:
+            except ValueError as error:
                 raise self._bad_prompt(f"question {question.quoted} cannot be written: {error}") from error
             ids = self.text_ids(question, text, special=self.prompt != CHAT)  # a chat template writes them itself
         if not ids:

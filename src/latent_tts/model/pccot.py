@@ -46,7 +46,6 @@ class Pccot(CheckpointAdapter):
     known_first: bool = False
 
     family = "PCCoT"
-    question_end = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,10 +124,6 @@ class Pccot(CheckpointAdapter):
         wanted = {f"{layer}.weight": width * 2 for layer in (0, 2)} | {"3.weight": width}
         wanted |= {f"{layer}.bias": width for layer in (0, 2, 3)}
         self.require_tensors("projection", PROJECTION, wanted, shapes)
-
-    def answer_span(self, answer_text: str) -> str:
-        """The text after the last `#`, or the whole text after the forced prompt."""
-        return answer_text.rpartition("#")[2].strip()
 
     def load(self, *, device: str, dtype: str) -> Reasoner:
         """Load the weights (imports torch)."""

@@ -14,7 +14,7 @@ from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results import report
 from latent_tts.results.cache import NOT_DECODED
 from latent_tts.results.trace import UNREADABLE
-from latent_tts.text.classes import shared_forms
+from latent_tts.text.answer import shared_forms
 
 MAX_TEXT = 60  # characters of a question in a line of votes
 

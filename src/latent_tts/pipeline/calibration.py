@@ -50,8 +50,7 @@ def calibrate_on_run(
     """
     folder = Path(str(rule.calibration)).expanduser()
     require(KEY, folder, is_complete(folder), f"must be the folder of a completed run; it has no {RUN_JSON}")
-    record = read_run_json(folder, NEEDED)
-    _check_run(rule, folder, record, config, schedule, digests)
+    _check_run(rule, folder, read_run_json(folder, NEEDED), config, schedule, digests)
     rollouts = read_rollouts(folder)
     shared = set(rollouts["question_id"]) & set(questions)
     if shared:
@@ -59,9 +58,10 @@ def calibrate_on_run(
             KEY, folder, f"has {len(shared)} of the questions that this run reports, such as {min(shared)}\n"
             "calibrate on others, as on task.split=valid",
         )  # fmt: skip
-    groups = rollouts.sort_values("rollout", kind="stable").groupby("question_id", sort=False)
     try:
-        return calibrate([_tally(rows, temperature) for _, rows in groups], rule.by)
+        return calibrate(
+            [_tally(rows, temperature) for _, rows in rollouts.groupby("question_id", sort=False)], rule.by
+        )
     except ValueError as error:
         raise UsageError(f"{KEY}={folder}: {error}") from error
 

@@ -95,10 +95,8 @@ def _digest_of_rooms(rooms: tuple[str, ...]) -> str:
 
 
 def _digest(paths: Iterable[Path]) -> str:
-    sha = hashlib.sha256()
-    for path in paths:
-        sha.update(path.name.encode() + _digest_of_source(path.read_bytes()))
-    return sha.hexdigest()[:16]
+    digests = [path.name.encode() + _digest_of_source(path.read_bytes()) for path in paths]
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
 
 
 @cache  # rooms are read in several sets

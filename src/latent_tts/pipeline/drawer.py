@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import TypeAlias
 
 import numpy as np
@@ -64,7 +64,6 @@ from latent_tts.types import Computation
 
 Place: TypeAlias = tuple[str, int]
 Sums: TypeAlias = dict[str, tuple[int, Tensor]]  # by row key: see `DirectionSums`
-directions = DirectionSums()  # of the questions drawn last, for their next round and the next job of a sweep
 
 
 # Messages between driver and worker
@@ -226,22 +225,23 @@ def max_flops(spec: RunSpec, job: RolloutJob, *, answers: bool) -> float:
     return passes.shared_flops(prompt) + rollouts_to_grow(spec, job) * per_rollout
 
 
-def directions_key(latents: str, row_key: str) -> str:
-    """What `directions` calls a question of a run whose latents have a digest."""
-    return f"{latents} {row_key}"
+@lru_cache(maxsize=1)
+def directions_of(latents: str) -> DirectionSums:
+    """Sums by row key for latents with this digest; those of the last run stay, for its next round or a larger n."""
+    return DirectionSums()
 
 
-def sums_of(jobs: Iterable[RolloutJob], latents: str) -> Sums:
+def sums_of(jobs: Iterable[RolloutJob], directions: DirectionSums) -> Sums:
     """The sums of directions of the questions of some jobs, where they are known."""
-    found = {job.row_key: directions.get(directions_key(latents, job.row_key)) for job in jobs}
+    found = {job.row_key: directions.get(job.row_key) for job in jobs}
     return {key: each for key, each in found.items() if each is not None}
 
 
-def find_uncompared(jobs: Iterable[RolloutJob], latents: str) -> list[RolloutJob]:
-    """Earlier rollouts of the same questions that `directions` lacks: never compared, or dropped since."""
+def find_uncompared(jobs: Iterable[RolloutJob], directions: DirectionSums) -> list[RolloutJob]:
+    """Earlier rollouts of the same questions that the sums lack: never compared, or dropped since."""
     unknown = []
     for job in jobs:
-        key, first = directions_key(latents, job.row_key), job.rollouts[0]
+        key, first = job.row_key, job.rollouts[0]
         known = directions.counted(key)
         if known > first:
             directions.forget(key)
@@ -271,6 +271,8 @@ class Drawer:
         require("schedule", "auto", spec.planned_on in (None, kind), allowed)
         if spec.guided:
             refuse_graphs(spec.engine, f"search={spec.search.name} forks its rollouts")
+        if spec.sampler.needs_donor:
+            refuse_graphs(spec.engine, f"sampler={spec.sampler.name} reads latents of another question")
         if not spec.schedule.stepwise or spec.schedule.exit is not None:
             refuse_graphs(spec.engine, f"schedule={spec.schedule.name} decides on the way what it computes")
         self.own_prompt = "prompt" in spec.sampler.random_phases
@@ -303,8 +305,8 @@ class Drawer:
         return self.engine.reasoner.computation, scoring
 
     @cached_property
-    def _latents(self) -> str:
-        return settings_digest(latents_key(self.spec, *self._computations))
+    def _directions(self) -> DirectionSums:
+        return directions_of(settings_digest(latents_key(self.spec, *self._computations)))
 
     def describe(self) -> Description:
         """What the driver has to know of this worker; loads its models."""
@@ -323,14 +325,12 @@ class Drawer:
         Raises:
             RunError: latents, log-probabilities or scores are not finite.
         """
-        part = partial(self._part, shard=shard)
-        parts = list(compute_in_batches(shard.jobs, part, self.batches, self._halve, self.device))
+        make = partial(self._part, shard=shard)
+        parts = list(compute_in_batches(shard.jobs, make, self.batches, self._halve, self.device))
         if not self.spec.executor.in_process:
             parts = [part if part.make_table is None else part.with_table(part.make_table()) for part in parts]
-        found = {}
-        if shard.sums:
-            found = sums_of((job for job in shard.jobs if job.row_key not in shard.early), self._latents)
-        sums = {key: (count, sums_TD.cpu()) for key, (count, sums_TD) in found.items()}
+        compared = [job for job in shard.jobs if shard.sums and job.row_key not in shard.early]
+        sums = {key: (count, sums_TD.cpu()) for key, (count, sums_TD) in sums_of(compared, self._directions).items()}
         return Computed(parts, sums, {} if self._max_bytes is None else {self.memory: self._max_bytes})
 
     def batches(self, jobs: Sequence[RolloutJob]) -> Iterator[list[RolloutJob]]:
@@ -386,9 +386,8 @@ class Drawer:
         rollouts.latents_RTD = latents_RTD.new_empty(0)  # the table does not hold them
         scored = self.scorer.score(batch, latents_RTD, rollouts.steps_R) if request.scored else {}
         early = shard.early.intersection(job.row_key for job in batch)
-        compared_RT = torch.zeros(latents_RTD.shape[:2])
-        if request.compares:
-            self._compare(batch, latents_RTD, early, compared_RT)
+        compared = [place for place, job in enumerate(batch) if request.compares and job.row_key not in early]
+        compared_RT = self._compare(batch, compared, latents_RTD)
 
         def table() -> pa.Table:
             columns = answer_columns(rollouts, answers=request.answers) | measured
@@ -421,26 +420,22 @@ class Drawer:
 
     def catch_up(self, batch: Sequence[RolloutJob]) -> None:
         """Recompute the earlier rollouts that a batch has to be compared with and whose sums are not known."""
-        kept = self._keys(batch)
-        for earlier in self.batches(find_uncompared(batch, self._latents)):
-            latents_RTD = self.roll(earlier, answers=False).latents_RTD
-            directions.add(self._keys(earlier), latents_RTD, first=[job.rollouts[0] for job in earlier], kept=kept)
+        kept = {job.row_key for job in batch}
+        for earlier in self.batches(find_uncompared(batch, self._directions)):
+            self._add(earlier, self.roll(earlier, answers=False).latents_RTD, kept)
 
-    def _compare(
-        self, batch: list[RolloutJob], latents_RTD: Tensor, early: frozenset[str], compared_RT: Tensor
-    ) -> None:
-        """Set how far rollouts are from those before them, see `DirectionSums.add`; not those of early questions."""
-        places = [place for place, job in enumerate(batch) if job.row_key not in early]
-        if not places:
-            return
-        jobs = [batch[place] for place in places]
-        rows_R = torch.arange(len(latents_RTD)).view(len(batch), -1)[places].flatten()
-        compared_RT[rows_R] = directions.add(
-            self._keys(jobs), latents_RTD[rows_R.to(latents_RTD.device)], first=[job.rollouts[0] for job in jobs]
-        )
+    def _compare(self, batch: list[RolloutJob], places: list[int], latents_RTD: Tensor) -> Tensor:
+        """How far the rollouts of the jobs at some places are from those before, see `DirectionSums.add`; else 0."""
+        compared_RT = torch.zeros(latents_RTD.shape[:2])
+        if places:
+            rows_R = torch.arange(len(latents_RTD)).view(len(batch), -1)[places].flatten()
+            jobs = [batch[place] for place in places]
+            compared_RT[rows_R] = self._add(jobs, latents_RTD[rows_R.to(latents_RTD.device)])
+        return compared_RT
 
-    def _keys(self, batch: Sequence[RolloutJob]) -> list[str]:
-        return [directions_key(self._latents, job.row_key) for job in batch]
+    def _add(self, batch: Sequence[RolloutJob], latents_RTD: Tensor, kept: Collection[str] = ()) -> Tensor:
+        first = [job.rollouts[0] for job in batch]
+        return self._directions.add([job.row_key for job in batch], latents_RTD, first=first, kept=kept)
 
     def _bytes_per_row(self, longest: int) -> int:
         """Upper estimate of a row's bytes; a guided search holds the rows of two steps, in reasoner and scorer."""

@@ -18,6 +18,7 @@ import torch
 
 from latent_tts.budget import is_adaptive
 from latent_tts.engine.cost import Shape
+from latent_tts.engine.diversity import DirectionSums
 from latent_tts.engine.packing import RolloutJob
 from latent_tts.errors import LESS_MEMORY, RunError, computing
 from latent_tts.pipeline.dispatch import ShardQueue, Unit, results_of
@@ -28,8 +29,7 @@ from latent_tts.pipeline.drawer import (
     Place,
     Request,
     Shard,
-    directions,
-    directions_key,
+    directions_of,
     drawing_work,
     find_uncompared,
     max_flops,
@@ -238,14 +238,14 @@ class Driver:
         if len(ways) > 1:
             names = ", ".join(each.name for each in self.workers)
             raise RunError(f"the workers {names} compute the models in different ways, so their rollouts differ")
-        self._latents = settings_digest(latents_key(spec, *self.workers[0].computations))
+        self._directions = directions_of(settings_digest(latents_key(spec, *self.workers[0].computations)))
         self._rows = min(each.rows for each in self.workers)  # of a batch that every worker takes
 
     def parts(self, jobs: Sequence[RolloutJob], request: Request, bar: report.ProgressBar) -> Iterator[Part]:
         """Have jobs computed; their parts as they come."""
         spec, here = self.spec, self.spec.executor.in_process
         in_rounds = is_adaptive(spec.budget)
-        early_parts = EarlyParts(jobs, self._latents)
+        early_parts = EarlyParts(jobs, self._directions)
 
         def make_shard(contents: list[list[RolloutJob]]) -> Shard:
             own = list(chain(*contents))
@@ -310,15 +310,15 @@ class Driver:
 
     def read_direction_sums(self, jobs: Sequence[RolloutJob], folder: Path) -> None:
         """Take in what the cache keeps of the rollouts before some jobs; log how many latents are computed again."""
-        unknown = {job.row_key: job.rollouts[-1] + 1 for job in find_uncompared(jobs, self._latents)}
+        unknown = {job.row_key: job.rollouts[-1] + 1 for job in find_uncompared(jobs, self._directions)}
         for key, sums_TD in read_direction_sums(folder, unknown).items() if unknown else ():
-            directions.put(directions_key(self._latents, key), unknown[key], torch.from_numpy(sums_TD))
-        if before := find_uncompared(jobs, self._latents):
+            self._directions.put(key, unknown[key], torch.from_numpy(sums_TD))
+        if before := find_uncompared(jobs, self._directions):
             self.log_recomputing(before, "diversity")
 
     def write_direction_sums(self, jobs: Sequence[RolloutJob], folder: Path) -> None:
         """Keep in the cache what is known of the rollouts of the jobs' questions."""
-        found = sums_of(jobs, self._latents)
+        found = sums_of(jobs, self._directions)
         if found:
             sums = {key: (count, sums_TD.cpu().numpy()) for key, (count, sums_TD) in found.items()}
             write_direction_sums(folder, sums)
@@ -331,22 +331,21 @@ class EarlyParts:
     there. They are compared on the CPU.
     """
 
-    def __init__(self, jobs: Iterable[RolloutJob], latents: str) -> None:
+    def __init__(self, jobs: Iterable[RolloutJob], directions: DirectionSums) -> None:
         """Begin without parts.
 
         Args:
             jobs: one per question: the rollouts to be drawn.
-            latents: the digest of the run's latents, see `directions_key`.
+            directions: see `directions_of`.
         """
-        self._latents, self._whole = latents, {job.row_key: job.rollouts for job in jobs}
-        counted = {key: directions.counted(self._name(key)) for key in self._whole}
-        self._known = {key for key, rollouts in self._whole.items() if 0 < counted[key] == rollouts[0]}
-        self._kept = set(map(self._name, self._known))  # names of sums that are not dropped
+        self._directions, self._whole = directions, {job.row_key: job.rollouts for job in jobs}
+        self._known = {key for key, rollouts in self._whole.items() if 0 < directions.counted(key) == rollouts[0]}
+        self._kept = set(self._known)  # sums that are not dropped
         self._waiting: list[Part] = []
 
     def begin(self, jobs: Sequence[RolloutJob]) -> tuple[frozenset[str], bool]:
         """The row keys of a shard's jobs that are early, and whether later rollouts of any are in other shards."""
-        goes_on = {self._name(job.row_key) for job in jobs if job.rollouts[-1] < self._whole[job.row_key][-1]}
+        goes_on = {job.row_key for job in jobs if job.rollouts[-1] < self._whole[job.row_key][-1]}
         self._kept |= goes_on
         keys = (
             job.row_key for job in jobs if job.row_key in self._known or job.rollouts[0] > self._whole[job.row_key][0]
@@ -356,17 +355,14 @@ class EarlyParts:
     def compared(self, done: Computed) -> Iterator[Part]:
         """The parts that are now compared with all earlier rollouts: some of these, and some that waited."""
         for key, (count, sums_TD) in done.sums.items():
-            directions.put(self._name(key), count, sums_TD, kept=self._kept)
+            self._directions.put(key, count, sums_TD, kept=self._kept)
         self._waiting += done.parts
         while (index := next((i for i, each in enumerate(self._waiting) if self._is_next(each)), None)) is not None:
             yield self._compare(self._waiting.pop(index))
 
-    def _name(self, key: str) -> str:
-        return directions_key(self._latents, key)
-
     def _is_next(self, part: Part) -> bool:
         """Whether the sums of each of its early questions hold the rollouts before."""
-        return all(directions.counted(self._name(key)) == _rows_in(part, key)[1] for key in part.early)
+        return all(self._directions.counted(key) == _rows_in(part, key)[1] for key in part.early)
 
     def _compare(self, part: Part) -> Part:
         if not part.early:
@@ -376,7 +372,7 @@ class EarlyParts:
         compared = part.make_table()["dissimilarity"].to_pylist()
         for key in part.early:
             rows, first = _rows_in(part, key)
-            summed_NT = directions.add([self._name(key)], part.latents_RTD[rows], first=[first], kept=self._kept)
+            summed_NT = self._directions.add([key], part.latents_RTD[rows], first=[first], kept=self._kept)
             for row, summed_T in zip(rows, summed_NT.tolist(), strict=True):
                 compared[row] = summed_T[: len(compared[row])]
         return _with_dissimilarity(part, compared)

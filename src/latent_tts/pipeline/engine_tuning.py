@@ -96,8 +96,9 @@ def measure(
                 if chosen is settings[0]:
                     expected[rows] = rollouts.answer_ids
                 if rows in expected:
-                    pairs = zip(rollouts.answer_ids, expected[rows], strict=True)
-                    same = statistics.fmean(ids == other for ids, other in pairs)
+                    same = statistics.fmean(
+                        ids == other for ids, other in zip(rollouts.answer_ids, expected[rows], strict=True)
+                    )
                 measurements.append(Measurement(chosen.dtype, rows, rate, same))
                 log.info("%s, %d rows: %.0f rollouts/s", chosen.dtype, rows, rate)
                 # twice the rows, with a warm-up

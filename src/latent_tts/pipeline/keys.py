@@ -59,8 +59,8 @@ def rollout_key(spec: RunSpec, computation: Computation, scoring: Computation | 
 
 def is_current(key: Mapping[str, Any]) -> bool:
     """Whether this version of the code reads cache entries of a key; code of other packages is not asked for."""
-    own = (key.get("code") or {}).get(PACKAGE)
-    return key.get("format") == FORMAT and own == code_digests([], [], DRAWING)[PACKAGE]
+    own = code_digests([], [], DRAWING)[PACKAGE]
+    return key.get("format") == FORMAT and (key.get("code") or {}).get(PACKAGE) == own
 
 
 def latents_key(spec: RunSpec, computation: Computation, scoring: Computation | None) -> dict[str, Any]:
@@ -116,12 +116,11 @@ def own_fields(group: str, option: Any) -> dict[str, Any]:
     Raises:
         UsageError: a value cannot be told from another.
     """
-    names = {field.name for field in fields(option)} | vars(option).keys()
-    names -= FIELDS_NOT_IN_KEY[group] | computed_attributes(type(option))
+    ignored = FIELDS_NOT_IN_KEY[group] | computed_attributes(type(option))
     return {
         name: _plain(f"{group}.{name}", getattr(option, name))
-        for name in sorted(names)
-        if not isinstance(getattr(option, name), Path)
+        for name in sorted({field.name for field in fields(option)} | vars(option).keys())
+        if name not in ignored and not isinstance(getattr(option, name), Path)
     }
 
 

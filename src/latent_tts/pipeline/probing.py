@@ -67,13 +67,15 @@ class Probe:
 
     def explained(self, schedule: Speculative) -> float:
         """R squared of sweeps on growth over questions; NaN where one of them is the same for all."""
-        both = self.questions[["growth", f"sweeps_{label(schedule)}"]]
-        return float(both.corr(min_periods=3).to_numpy()[0, 1] ** 2)
+        figures = ["growth", f"sweeps_{label(schedule)}"]
+        return float(self.questions[figures].corr(min_periods=3).to_numpy()[0, 1] ** 2)
 
     def pays(self, schedule: Speculative) -> bool:
         """Whether it commits enough latents per sweep and changes few answers."""
-        enough = self.commits_per_sweep(schedule) > MIN_COMMITS_PER_SWEEP
-        return enough and float(self.column("equal", schedule).mean()) >= MIN_EQUAL
+        return (
+            self.commits_per_sweep(schedule) > MIN_COMMITS_PER_SWEEP
+            and float(self.column("equal", schedule).mean()) >= MIN_EQUAL
+        )
 
     @property
     def best(self) -> Speculative | None:

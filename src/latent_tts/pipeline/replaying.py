@@ -102,11 +102,14 @@ def write_folder(
     folder: Path, spec: RunSpec, tables: RunTables, record: Mapping[str, Any], source: Path, seconds: float
 ) -> None:
     """Write the folder of a replay; what is not of the budget is as in the run's own `run.json`."""
-    own = {
-        "config": spec.config,
-        "replayed": str(source),
-        "rollouts": {"total": len(tables.rollouts), "drawn_now": 0},
-        "seconds": {"this_command": seconds},
-        **write_tables(folder, tables),
-    }
-    write_run_json(folder, {key: record[key] for key in record if key not in ("files", "format")} | own)
+    write_run_json(
+        folder,
+        {
+            **{key: value for key, value in record.items() if key not in ("files", "format")},
+            "config": spec.config,
+            "replayed": str(source),
+            "rollouts": {"total": len(tables.rollouts), "drawn_now": 0},
+            "seconds": {"this_command": seconds},
+            **write_tables(folder, tables),
+        },
+    )

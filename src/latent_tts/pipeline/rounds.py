@@ -19,7 +19,7 @@ from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results.cache import MEASURED_SUMS
 from latent_tts.results.metrics import Figures, answer_codes, measured_figures
 from latent_tts.results.statistics import agreement, supported_picks
-from latent_tts.text.classes import shared_forms
+from latent_tts.text.answer import shared_forms
 from latent_tts.types import Float64, Floats, Int64, RolloutArrays
 
 
@@ -27,8 +27,8 @@ class AnswerReader:
     """Reads answers, equal ones once, in a thread: those of a batch while the next one is drawn."""
 
     def __init__(self, spec: RunSpec) -> None:
-        self._adapter, self._rule = spec.adapter, spec.task.rule
-        self._read: dict[tuple[int, ...], str | None] = {}
+        adapter, rule = spec.adapter, spec.task.rule
+        self._read = cache(lambda ids: adapter.read_answer(adapter.answer_text(list(ids)), rule))
         self._thread = ThreadPoolExecutor(1, "answer reader")
         self._one_at_a_time = Lock()  # grading may share a process of its own
 
@@ -45,9 +45,7 @@ class AnswerReader:
     def read(self, ids: tuple[int, ...]) -> str | None:
         """The answer in some ids; None if it cannot be read."""
         with self._one_at_a_time:
-            if ids not in self._read:
-                self._read[ids] = self._adapter.read_answer(self._adapter.answer_text(list(ids)), self._rule)
-            return self._read[ids]
+            return self._read(ids)
 
 
 class Tallying:

@@ -82,8 +82,16 @@ def complete_run(
         verification = verify(replace(spec, on_answers=None), rollouts, folder) if compared else None
         if not keep_latents:
             (folder / LATENTS).unlink(missing_ok=True)
-        record = {"cache": str(rollouts.cache.folder.resolve())} if keep_cache else {}
-        write_run_folder(folder, spec, rollouts, tables, settings, started, verification=verification, **record)
+        write_run_folder(
+            folder,
+            spec,
+            rollouts,
+            tables,
+            settings,
+            started,
+            verification=verification,
+            **({"cache": str(rollouts.cache.folder.resolve())} if keep_cache else {}),
+        )
     return RunResult(rollouts, tables, verification)
 
 

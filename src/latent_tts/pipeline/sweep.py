@@ -84,8 +84,7 @@ def means_over_seeds(runs: Sequence[CompletedRun]) -> pd.DataFrame:
         same = same.drop_duplicates("seed")
         row = same.iloc[0].to_dict() | {"seeds": len(same), "seed_sd": same["value"].std()}
         if len(same) > 1:
-            members = [runs[place] for place in same["run"]]
-            low, high = _interval(members, row["metric"], row["aggregator"], int(row["n"]))
+            low, high = _interval([runs[place] for place in same["run"]], row["metric"], row["aggregator"], row["n"])
             row |= {"value": same["value"].mean(), "ci_low": low, "ci_high": high, "seed": ",".join(same["seed"])}
             row["run_id"] = settings_digest({"runs": sorted(same["run_id"])})[: len(row["run_id"])]
         means.append(row)
@@ -94,8 +93,11 @@ def means_over_seeds(runs: Sequence[CompletedRun]) -> pd.DataFrame:
 
 def _interval(runs: Sequence[CompletedRun], metric: str, aggregator: str, n: int) -> tuple[float, float]:
     figure = aggregator if metric == "accuracy" else metric
-    known = metric in PER_QUESTION and all(run.all_decoded for run in runs)
-    if not known or any(run.budget is not None and figure not in ("agreement", *run.figures) for run in runs):
+    if (
+        metric not in PER_QUESTION
+        or not all(run.all_decoded for run in runs)
+        or any(run.budget is not None and figure not in ("agreement", *run.figures) for run in runs)
+    ):
         return np.nan, np.nan
     return statistics.interval(pd.concat([run.per_question(figure, n) for run in runs], axis=1).mean(axis=1).to_numpy())
 

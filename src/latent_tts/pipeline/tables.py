@@ -26,8 +26,7 @@ from latent_tts.results.metrics import Figures, measured_figures, metric_rows, r
 from latent_tts.results.parts import release_memory
 from latent_tts.results.run_folder import COUNT_COLUMNS
 from latent_tts.task import has_gold
-from latent_tts.text.answer import AnswerRule
-from latent_tts.text.classes import shared_forms
+from latent_tts.text.answer import AnswerRule, shared_forms
 from latent_tts.types import Float32, Floats, Question, RolloutArrays
 
 log = logging.getLogger(__name__)
@@ -232,10 +231,8 @@ def winner_figures(spec: RunSpec, drawn: RunRollouts, winners: Winners, rollouts
             decoding = spec.rollout_gflop(question, steps_N[own], tokens_1, conflicts_N[own], scored=False)
             gflops_Q.append(sum(shared + each_N.sum() for shared, each_N in (thinking, decoding)))
         diversity_Q = diversities(drawn.dissimilarity_RT, n, budget)
-        measured = {}
-        if budget == max(winners.picks):
-            sums = pd.concat([rollouts[list(MEASURED_SUMS)], winners.decoding.iloc[places]])
-            measured = measured_figures(sums, rollouts, len(pick_Q), budget)
+        sums = pd.concat([rollouts[list(MEASURED_SUMS)], winners.decoding.iloc[places]])
+        measured = measured_figures(sums, rollouts, len(pick_Q), budget) if budget == max(winners.picks) else {}
         figures.append(
             Figures.of(
                 budget, budget, measured,

@@ -29,7 +29,6 @@ MAX_TRACED_QUESTIONS = 8  # side by side
 MAX_TRACED_ROLLOUTS = 64  # of a run that has more
 MAX_TOKENS = 20  # of a lens
 SHOWN_IDS = 3  # in an error
-GREEDY = f"{Greedy.__module__}.{Greedy.__qualname__}"
 log = logging.getLogger(__name__)
 
 
@@ -50,11 +49,10 @@ class View:
     directions: int
 
     def __post_init__(self) -> None:
-        known = [name for name in self.maps if name in MAPS]
         require(
             "maps",
             self.maps,
-            bool(known) and known == list(dict.fromkeys(self.maps)),
+            0 < len(self.maps) == len(set(self.maps) & set(MAPS)),
             f"must be a list of {' and '.join(MAPS)}, as in maps=[{','.join(MAPS)}]",
         )
         require(
@@ -134,7 +132,9 @@ def check_trace(
         )
         check_sampler(sampler, run.adapter)
         other = replace_sampler(run, sampler, config, 1 if sampler.deterministic else n)
-    return TraceSpec(run, other, replace_sampler(run, Greedy(), {"_target_": GREEDY}, 1), view, source)
+    return TraceSpec(
+        run, other, replace_sampler(run, Greedy(), {"_target_": "latent_tts.sampler.greedy.Greedy"}, 1), view, source
+    )
 
 
 def replace_sampler(run: RunSpec, sampler: Sampler, config: Mapping[str, Any], n: int) -> RunSpec:

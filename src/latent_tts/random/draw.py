@@ -105,13 +105,15 @@ class Draw:
         """
         wanted = (layer, step, tokens, width, threshold)
         if wanted not in self._ahead:
-            per_token = -(-width // DECISIONS_PER_BLOCK)
-            group = max(1, BLOCKS_AHEAD[self.rollouts_R.device.type] // (self.rollouts_R.shape[0] * tokens * per_token))
+            rows, device, blocks = len(self.rollouts_R), self.rollouts_R.device, -(-width // DECISIONS_PER_BLOCK)
+            group = max(1, BLOCKS_AHEAD[device.type] // (rows * tokens * blocks))
             start = expected.index(layer) if layer in expected else None
-            layers = [layer] if start is None else list(expected[start : start + group])
-            kept = self._decide(layers, step, tokens, per_token, threshold)[..., :width]
+            layers = (layer,) if start is None else tuple(expected[start : start + group])
+            kept = torch.empty(rows, len(layers), tokens, 2, 4 * blocks, dtype=torch.bool, device=device)
+            places = _layer_words(layers, device) | _place(0, step)
+            bits.decide(self.keys_R2, self.rollouts_R, places, int(Stream.DROPOUT), threshold, kept)
             # added to what is left, since a pass may ask for several steps at each place
-            self._ahead |= {(code, *wanted[1:]): kept[:, i] for i, code in enumerate(layers)}
+            self._ahead |= {(code, *wanted[1:]): kept[:, i].flatten(2)[..., :width] for i, code in enumerate(layers)}
         return self._ahead.pop(wanted)
 
     def drops(self, output_RSD: Tensor) -> bool:
@@ -125,14 +127,6 @@ class Draw:
         word, one_mask = _place(place.layer, place.step), place.tokens == 1
         arguments = output_RSD, self.keys_R2, self.rollouts_R, word, int(Stream.DROPOUT), place.threshold
         return triton_kernels.drop(*arguments, None if one_mask else first)
-
-    def _decide(self, layers: Sequence[int], step: int, tokens: int, per_token: int, threshold: int) -> Tensor:
-        """Keep decisions (R, len(layers), tokens, 8 * per_token) of several places."""
-        rollouts, device = self.rollouts_R.shape[0], self.rollouts_R.device
-        kept = torch.empty(rollouts, len(layers), tokens, 2, 4 * per_token, dtype=torch.bool, device=device)
-        places = _layer_words(tuple(layers), device) | _place(0, step)
-        bits.decide(self.keys_R2, self.rollouts_R, places, int(Stream.DROPOUT), threshold, kept)
-        return kept.flatten(3)
 
 
 def _place(layer: int, step: int) -> int:

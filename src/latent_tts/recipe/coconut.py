@@ -33,7 +33,6 @@ class Coconut(Staged):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fields("recipe", self, step_loss="a finite number, 0 or more")
-        self.check_latents()
 
     def objective(self, adapter: CheckpointAdapter) -> Objective:
         """Create the model in training with its loss (imports torch)."""

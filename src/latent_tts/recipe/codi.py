@@ -48,7 +48,6 @@ class Codi(Distilled):
             "recipe", self, projector_hidden="a positive integer, or null", projector_init=("random", "identity"),
             projector_dropout="a number in [0, 1)",
         )  # fmt: skip
-        self.check_latents()
 
     def add_own_tensors(self, folder: Path, seed: int) -> None:
         """Add a new projector to a checkpoint without one (imports torch)."""

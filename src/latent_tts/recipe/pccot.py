@@ -45,7 +45,7 @@ class Pccot(Distilled):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fields("recipe", self, projection="true or false", known_first="true or false")
-        check_fields("model", self, latents="a positive integer", sweeps="a positive integer")
+        check_fields("model", self, sweeps="a positive integer")
 
     def latents_in(self, stage: int) -> int:
         """T in every stage, since a sweep computes all latents together."""

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
 
-from latent_tts.errors import bad_value, check_fields, require
+from latent_tts.errors import check_fields, require
 from latent_tts.schedule import LatentModel, LatentSequence, ParallelSchedule, Sweep
 
 
@@ -75,9 +75,8 @@ class Jacobi(ParallelSchedule):
         """
         super().check(model)
         needed = self.chunk or model.latents - self.known_first
-        if self.guess == "sibling" and self.sweeps < needed:
-            why = f"needs schedule.sweeps={needed} or more: otherwise rollouts would depend on the batch"
-            raise bad_value("schedule.guess", self.guess, why)
+        why = f"needs schedule.sweeps={needed} or more: otherwise rollouts would depend on the batch"
+        require("schedule.guess", self.guess, self.guess != "sibling" or self.sweeps >= needed, why)
         require(
             "schedule",
             self.name,

@@ -67,8 +67,7 @@ class Speculative(ParallelSchedule):
     @property
     def key(self) -> dict[str, Any]:
         """The schedule's part of the cache key; `verify` changes no rollout, and a draft's digest is added to it."""
-        names = ("name", "chunk", "tolerance", "guess", "mixing")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("name", "chunk", "tolerance", "guess", "mixing")}
 
     @property
     def exact(self) -> bool:

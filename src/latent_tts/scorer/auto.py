@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from latent_tts.checkpoint.files import SHIPPED_PREFIX
-from latent_tts.scorer.latent_rm import LatentRM, check_settings
+from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.scorer.none import NoScorer
 
 
@@ -28,10 +28,10 @@ def auto(
     Raises:
         UsageError: `reduce`, `positions` or `range` is not allowed.
     """
-    check_settings(reduce, positions, range)
+    scorer = LatentRM(str(checkpoint), reduce, positions, range=range, only_own=True)
     if checkpoint is None or not checkpoint.startswith(SHIPPED_PREFIX):
         hint = f" (scorer=latent_rm takes {checkpoint})" if checkpoint else ""
         return NoScorer(f"there is no built-in LatentRM for this model{hint}")
     if latents == 0:
         return NoScorer("a LatentRM scores latents, and model.latents=0")
-    return LatentRM(checkpoint, reduce, positions, range=range, only_own=True)
+    return scorer

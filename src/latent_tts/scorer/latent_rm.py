@@ -22,7 +22,7 @@ import numpy as np
 
 from latent_tts.checkpoint import files, joining, reward_adapter
 from latent_tts.checkpoint.adapter import CheckpointAdapter
-from latent_tts.errors import as_typed, bad_value, is_number, require
+from latent_tts.errors import as_typed, bad_value, check_fields, is_number, require
 from latent_tts.types import Floats, Reasoner, RewardModel, file_sha256
 
 if TYPE_CHECKING:
@@ -32,26 +32,6 @@ if TYPE_CHECKING:
 KEY = "scorer.checkpoint"
 HEAD = set(reward_adapter.HEAD)
 REDUCTIONS = {"sum": np.sum, "mean": np.mean, "last": lambda scores: scores[-1]}
-POSITIONS = ("correct", "official")
-
-
-def check_settings(reduce: str | None, positions: str, bounds: Sequence[float] | None = None) -> None:
-    """Check the settings of a LatentRM: `reduce`, `positions` and `range`.
-
-    Raises:
-        UsageError: one of them is unknown.
-    """
-    require(
-        "scorer.reduce",
-        reduce,
-        reduce is None or str(reduce) in REDUCTIONS,
-        f"must be one of {', '.join(REDUCTIONS)}, or null for the LatentRM's own",
-    )
-    require("scorer.positions", positions, str(positions) in POSITIONS, f"must be one of {', '.join(POSITIONS)}")
-    if bounds is None:
-        return
-    ok = isinstance(bounds, list | tuple) and len(bounds) == 2 and all(map(is_number, bounds)) and bounds[0] < bounds[1]
-    require("scorer.range", bounds, ok, "must be two numbers in ascending order, as in scorer.range=[-20,20], or null")
 
 
 @dataclass(frozen=True)
@@ -77,13 +57,16 @@ class LatentRM:
     only_own: bool = False
 
     def __post_init__(self) -> None:
-        check_settings(self.reduce, self.positions, self.range)
-        require(
-            KEY,
-            self.checkpoint,
-            isinstance(self.checkpoint, str),
-            "must be a folder, shipped:NAME or a hub id: this model names no LatentRM",
-        )
+        names, bounds = ", ".join(REDUCTIONS), self.range
+        known = self.reduce is None or str(self.reduce) in REDUCTIONS
+        require("scorer.reduce", self.reduce, known, f"must be one of {names}, or null for the LatentRM's own")
+        check_fields("scorer", self, positions=("correct", "official"))
+        pair = isinstance(bounds, list | tuple) and len(bounds) == 2 and all(map(is_number, bounds))
+        ok = bounds is None or (pair and bounds[0] < bounds[1])
+        allowed = "must be two numbers in ascending order, as in scorer.range=[-20,20], or null"
+        require("scorer.range", bounds, ok, allowed)
+        allowed = "must be a folder, shipped:NAME or a hub id: this model names no LatentRM"
+        require(KEY, self.checkpoint, isinstance(self.checkpoint, str), allowed)
 
     @property
     def name(self) -> str:
@@ -133,19 +116,15 @@ class LatentRM:
         The config of an adapter has the digest of its reasoner.
         """
         tokenizer = [path for path in [self.folder / "tokenizer.json"] if path.is_file()]
-        if self._is_adapter:
-            weights = reward_adapter.file_paths(self.folder, KEY)
-        else:
-            weights = files.weight_files(self.folder, key=KEY)
+        own = self._is_adapter
+        weights = reward_adapter.file_paths(self.folder, KEY) if own else files.weight_files(self.folder, key=KEY)
         paths = [self.folder / "config.json", *tokenizer, *weights]
         return hashlib.sha256(b"".join(map(file_sha256, paths))).hexdigest()[:16]
 
     @property
     def temperature(self) -> float:
         """Temperature of the weighted vote, as chosen on `valid` in training; 1 if none was chosen."""
-        value = self.trained.get("temperature")
-        if value is None:
-            return 1.0
+        value = self.trained.get("temperature", 1.0)
         require(
             KEY,
             self.folder,

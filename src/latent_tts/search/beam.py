@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from latent_tts.errors import bad_value, check_fields, require
+from latent_tts.errors import check_fields, require
 from latent_tts.random.philox import Stream, key_of, philox
 from latent_tts.search import Search
 
@@ -73,16 +73,15 @@ class Beam(Search):
             UsageError: the scorer needs answers, n is not beams * candidates, or the sampler gives all continuations of
                 a prefix the same latents.
         """
-        if scorer is not None and scorer.positions != "correct":
-            raise bad_value(
-                "scorer.positions", scorer.positions, "must be correct: search=beam scores before there are answers"
-            )
-        if not sampler.random_latents or ("prompt" in (where := sampler.random_phases) and "thoughts" not in where):
-            raise bad_value(
-                "sampler",
-                sampler.name,
-                "must make the continuations of a beam differ: gaussian, or dropout with thoughts in sampler.where",
-            )
+        positions = "correct" if scorer is None else scorer.positions
+        allowed = "must be correct: search=beam scores before there are answers"
+        require("scorer.positions", positions, positions == "correct", allowed)
+        require(
+            "sampler",
+            sampler.name,
+            sampler.random_latents and sampler.random_phases & {"prompt", "thoughts"} != {"prompt"},
+            "must make the continuations of a beam differ: gaussian, or dropout with thoughts in sampler.where",
+        )
         require(
             "sampler.mask",
             "locked",

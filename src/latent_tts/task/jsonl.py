@@ -10,13 +10,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from difflib import get_close_matches
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from latent_tts.errors import UsageError, bad_value, check_fields, require
+from latent_tts.errors import UsageError, bad_value, check_fields, closest, require
 from latent_tts.text.answer import RULES, AnswerRule
 from latent_tts.text.number import canonical_number
 from latent_tts.types import Question, text_digest
@@ -85,8 +84,8 @@ class Jsonl:
         Raises:
             UsageError: a row cannot be read, or only some rows have an answer; the error names file and line.
         """
-        source = f"task.path={self.path}"
-        return read_questions(file_rows(str(self.path)), self.rule, self.limit, source, gold_optional=True)
+        rows = file_rows(str(self.path))
+        return read_questions(rows, self.rule, self.limit, f"task.path={self.path}", gold_optional=True)
 
 
 def check_file(path: object) -> None:
@@ -134,8 +133,11 @@ def file_rows(path: str) -> Iterator[Row]:
                         raise UsageError(f"{where} is not JSON ({error}){hint}") from error
                     yield where, _checked(where, row)
     except UnicodeDecodeError as error:
-        why = f"is no text in UTF-8 ({error}); if it is compressed, its name must end in .gz; {JSON_LINES}"
-        raise bad_value("task.path", path, why) from error
+        raise bad_value(
+            "task.path",
+            path,
+            f"is no text in UTF-8 ({error}); if it is compressed, its name must end in .gz; {JSON_LINES}",
+        ) from error
     except (OSError, EOFError, zlib.error) as error:
         raise bad_value("task.path", path, f"cannot be read ({error})") from error
 
@@ -150,7 +152,8 @@ def _list_rows(where: str, file: TextIO, text: str) -> Iterator[Row]:
     """
     number = 1
     while not (text := text.lstrip()).startswith("]"):
-        found, row, problem = None, None, "a comma or the end of the list must follow it"
+        found = row = None
+        problem = "a comma or the end of the list must follow it"
         try:
             row, end = DECODER.raw_decode(text)
             found = AFTER_ROW.match(text, end)
@@ -208,8 +211,10 @@ def read_questions(
         if gold is None and not gold_optional:
             raise UsageError(f"{where} has no answer; each row needs question and answer; {_fields_of(row)}")
         if questions and (gold is None) != (questions[0].answer is None):
-            here, before = ("no answer", "one") if gold is None else ("an answer", "none")
-            raise UsageError(f"{where} has {here}, the rows before it have {before}: give all rows an answer, or none")
+            unlike = (
+                "no answer, the rows before it have one" if gold is None else "an answer, the rows before it have none"
+            )
+            raise UsageError(f"{where} has {unlike}: give all rows an answer, or none")
         digest = text_digest(text)
         seen[digest] += 1
         question_id = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
@@ -236,9 +241,11 @@ def _gold(where: str, row: Mapping[str, Any], rule: AnswerRule) -> str | None:
     answer = row.get("answer")
     if _is_blank(answer):
         similar = {key.casefold(): key for key in row if key != "answer"}
-        others = [name for name in ANSWER_NAMES if name in similar]
-        if meant := others or get_close_matches("answer", similar, n=1, cutoff=0.65):
-            raise UsageError(f"{where} has no answer; did you mean answer by {_short(repr(similar[meant[0]]))}?")
+        meant = next((name for name in ANSWER_NAMES if name in similar), None) or closest(
+            "answer", similar, cutoff=0.65
+        )
+        if meant is not None:
+            raise UsageError(f"{where} has no answer; did you mean answer by {_short(repr(similar[meant]))}?")
         return None
     is_number = isinstance(answer, int | float | Decimal) and not isinstance(answer, bool)
     if not is_number and not isinstance(answer, str):

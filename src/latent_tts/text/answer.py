@@ -1,9 +1,10 @@
-"""How the answers of a task are read (raw texts to canonical predictions) and compared."""
+"""How the answers of a task are read (raw texts to canonical predictions), compared, and counted as votes."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -83,3 +84,24 @@ def canonical_words(raw: str | None) -> str | None:
     while found := AROUND.fullmatch(text):
         text = (found["text"] or found["braced"]).strip(". ")
     return CHOICE.sub(r"\1", text) or None
+
+
+def shared_forms(answers: Sequence[str | None], equal: Callable[[str, str], bool]) -> list[str | None]:
+    """Replace each answer by the first member of its class; answers of one class are one vote.
+
+    Equality by value is not transitive, so classes depend on the order in which they are formed. The distinct answers
+    are therefore sorted by length, then by characters, and each joins the class of the first leader that it equals, or
+    leads a new class. The result does not depend on the given order or on repetitions.
+
+    Args:
+        answers: canonical answers of one question; None for unreadable ones, which have no class.
+        equal: whether two answers have the same value.
+    """
+    leaders: list[str] = []
+    leader_of: dict[str | None, str | None] = {None: None}
+    for answer in sorted({answer for answer in answers if answer is not None}, key=lambda text: (len(text), text)):
+        leader = next((leader for leader in leaders if equal(leader, answer)), None)
+        if leader is None:
+            leaders.append(answer)
+        leader_of[answer] = leader or answer
+    return [leader_of[answer] for answer in answers]

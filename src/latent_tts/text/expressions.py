@@ -7,7 +7,6 @@ These functions have no time limits, and sympy and math-verify may raise anythin
 from __future__ import annotations
 
 import logging
-import math
 import re
 from dataclasses import replace
 from fractions import Fraction
@@ -21,8 +20,8 @@ from sympy.functions.combinatorial.factorials import CombinatorialFunction
 from latent_tts.text.number import write_fraction
 
 MAX_BITS = 10_000  # of a number that is written out
-MAX_TERMS = 1000  # of an expression that is multiplied out
-MIN_DIFFERENCE = 1e-5  # relative; larger ones need no comparison by math-verify, which compares six places
+MIN_DIFFERENCE = 1e-5  # relative; of numbers that differ by more math-verify may take long to say so
+MAX_POWER = 1000  # below which a sum is multiplied out
 
 DELIMITER = re.compile(r"(?<!\\)(\$|\\\(|\\\[)")
 
@@ -46,8 +45,13 @@ def canonical(text: str) -> str | None:
         value = _value(text) if readable else None
         if value is None:
             return None
-        written = _print(value)
+        words = {symbol: rf"\text{{{symbol}}}" for symbol in value.free_symbols if len(symbol.name) > 1}
+        written = sympy.latex(value, symbol_names=words)
+        if value.is_Rational:
+            written = write_fraction(Fraction(int(value.p), int(value.q)))
         return written if _value(written) == value else text
+    except OverflowError:
+        return None
     except Exception:
         return text if readable else None
 
@@ -58,7 +62,8 @@ def equal(prediction: str, gold: str) -> bool:
     Source: math-verify `verify`, with its default settings (decimals are compared to 6 places).
     """
     try:
-        if _are_far_apart(_value(prediction), _value(gold)):
+        one, other = (complex(_value(text)) for text in (prediction, gold))
+        if abs(one - other) > MIN_DIFFERENCE * max(1.0, abs(one), abs(other)):
             return False
     except Exception:
         pass  # not numbers, or sympy fails: math-verify has other ways to compare
@@ -83,15 +88,16 @@ def _expression(text: str) -> Any:
 
 @lru_cache(maxsize=1 << 12)
 def _value(text: str) -> Any:
-    """The evaluated expression of a text; None if its value cannot be written out."""
+    """The evaluated expression of a text; None if its value cannot be written out.
+
+    Raises:
+        OverflowError: a number is too large to be written out, or a power to be multiplied out.
+    """
     found = _expression(text)
     if isinstance(found, sympy.Eq) and not found.free_symbols:
         found = found.rhs  # `9 + 9 = 18` states 18
-    try:
-        value = None if found is None else _evaluated(found)
-    except OverflowError:
-        value = None
-    if value is None or value.has(sympy.zoo, sympy.nan) or _terms(value) > MAX_TERMS:
+    value = None if found is None else _evaluated(found)
+    if value is None or value.has(sympy.zoo, sympy.nan):
         return None
     if isinstance(value, sympy.Expr):
         value = sympy.expand(value)
@@ -104,7 +110,7 @@ def _evaluated(expression: Any) -> Any:
     """Evaluate an expression, which math-verify leaves unevaluated, with decimals as fractions.
 
     Raises:
-        OverflowError: a number is too large to be written out.
+        OverflowError: see `_value`.
     """
     if isinstance(expression, sympy.MatrixBase):
         return sympy.ImmutableMatrix(expression.applyfunc(_evaluated))
@@ -122,7 +128,8 @@ def _evaluated(expression: Any) -> Any:
     )
     if isinstance(expression, sympy.Pow):
         base, exponent = arguments
-        is_large = exponent.is_Rational and abs(exponent) * _bits(base) > MAX_BITS
+        too_high = MAX_POWER if isinstance(base, sympy.Add) else MAX_BITS // _bits(base) + 1
+        is_large = exponent.is_Rational and abs(exponent) >= too_high
     if is_large:
         raise OverflowError
     return expression.func(*arguments)
@@ -131,31 +138,3 @@ def _evaluated(expression: Any) -> Any:
 def _bits(number: Any) -> int:
     """Bits of the numerator or denominator of a fraction, whichever has more; 1 for anything else."""
     return max(int(number.p).bit_length(), int(number.q).bit_length()) if number.is_Rational else 1
-
-
-def _terms(expression: Any) -> int:
-    """Upper bound of the number of terms of an expression after expansion."""
-    terms = [_terms(argument) for argument in expression.args]
-    if isinstance(expression, sympy.Add):
-        return sum(terms)
-    if isinstance(expression, sympy.Mul):
-        return math.prod(terms)
-    if isinstance(expression, sympy.Pow) and expression.exp.is_Integer:
-        power = abs(int(expression.exp))
-        return max(1, math.comb(terms[0] + power - 1, power))
-    return max(terms, default=1)
-
-
-def _are_far_apart(one: Any, other: Any) -> bool:
-    """Whether both are numbers that clearly differ."""
-    if not all(isinstance(value, sympy.Expr) and value.is_number for value in (one, other)):
-        return False
-    one, other = complex(one), complex(other)
-    return abs(one - other) > MIN_DIFFERENCE * max(1.0, abs(one), abs(other))
-
-
-def _print(value: Any) -> str:
-    if value.is_Rational:
-        return write_fraction(Fraction(int(value.p), int(value.q)))
-    words = {symbol: rf"\text{{{symbol}}}" for symbol in value.free_symbols if len(symbol.name) > 1}
-    return sympy.latex(value, symbol_names=words)

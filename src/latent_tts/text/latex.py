@@ -89,7 +89,6 @@ TEXTS = [(re.compile(pattern), form) for pattern, form in (
     (rf"0?(\d{{1,2}}){HALF}", r"\\text{\1:00\2m}"),
     (r"0?(\d{1,2}):(0\d)", r"\\text{\1:\2}"),
     (r"0*(\d+)\s*(?:r|rem|remainder)\.?\s*0*(\d+)", r"\\text{\1 r \2}"),
-    (r"(\d+)\s*'\s*(\d+)\s*(?:''|\")?", r"\\text{\1 feet \2 inches}"),
 )]  # fmt: skip
 RATIO = re.compile(r"\d+(?:\s*:\s*\d+){2,}")
 BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
@@ -189,7 +188,7 @@ def _phrase(text: str, *, is_text: bool) -> str | None:
     Letters that `\text` says are a text need not look like a word. math-verify would read a product of variables, which
     is equal to `4 July` and to any other order of its letters.
     """
-    text = IN_TEXT.sub(r"\1", text)
+    text = re.sub(r"(?<!\w)(\d+)\s*'\s*(\d+)\s*(?:''|\")?", r"\1 feet \2 inches", IN_TEXT.sub(r"\1", text))
     if NOT_PLAIN.search(text) or MAGNITUDE.search(text) or not re.search(r"\d.*[a-z]{2}|[a-z]{2}.*\d", text, re.I):
         return None
     several = SEVERAL_UNITS.search(text)

@@ -21,10 +21,6 @@ TODAY = datetime(2024, 7, 26)  # for templates that write the date: a prompt mus
 QUESTION = re.compile(r"\{\{-?\s*question\b")  # the place of the question
 
 
-class TemplateError(Exception):
-    """A template has no result: the message says why."""
-
-
 def render_prompt(template: str, question: str, tokens: Mapping[str, str]) -> str:
     """A question as a template writes it: as `question`, and as the only message, of the user, in `messages`.
 
@@ -34,12 +30,13 @@ def render_prompt(template: str, question: str, tokens: Mapping[str, str]) -> st
         tokens: variables for special tokens, such as `bos_token`.
 
     Raises:
-        TemplateError: it is no template, it refuses the question, or the result takes too long or is too long.
+        ValueError: it is no template, it refuses the question, or the result takes too much time or memory, or is too
+            long; the message says which.
     """
     reply = process_of(__name__).ask(("render", template, question, json.dumps(dict(tokens))), SECONDS)
-    result = reply.get("result", {"error": f"it takes more than {SECONDS:g} s"})
+    result = reply.get("result", {"error": f"it takes more than {SECONDS:g} s, or too much memory"})
     if "error" in result:
-        raise TemplateError(result["error"])
+        raise ValueError(result["error"])
     return result["text"]
 
 
@@ -53,7 +50,7 @@ def warm_up() -> None:
 
 def render(template: str, question: str, tokens: str) -> dict[str, Any]:
     """The text of a prompt, or what is wrong; runs in the guarded process."""
-    from jinja2 import TemplateError as JinjaError
+    from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
     variables = {**json.loads(tokens), "question": question}
@@ -62,10 +59,15 @@ def render(template: str, question: str, tokens: str) -> dict[str, Any]:
         result: Any = render_jinja_template(
             conversation, chat_template=template, add_generation_prompt=True, **variables
         )
-    except (JinjaError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+    except (
+        TemplateError,
+        ArithmeticError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
-    except (MemoryError, RecursionError, OverflowError):
-        return {"error": "it needs too much memory"}
     text = result[0][0]
     if len(text) > MAX_CHARACTERS:
         return {"error": f"the prompt has more than {MAX_CHARACTERS:,} characters"}

@@ -26,7 +26,9 @@ def recomputing_blocks(model: nn.Module, wanted: bool = True) -> Iterator[None]:
     Raises:
         UsageError: the model has no blocks that transformers knows.
     """
-    blocks = blocks_of(model) if wanted else []
+    blocks = [module for module in model.modules() if wanted and isinstance(module, GradientCheckpointingLayer)]
+    allowed = "must be false: this model has no blocks for it"
+    require("optimization.gradient_checkpointing", wanted, bool(blocks) or not wanted, allowed)
     try:
         for block in blocks:
             block.forward = _recomputed(block)
@@ -34,18 +36,6 @@ def recomputing_blocks(model: nn.Module, wanted: bool = True) -> Iterator[None]:
     finally:
         for block in blocks:
             vars(block).pop("forward", None)
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of a model.
-
-    Raises:
-        UsageError: it has none that transformers knows.
-    """
-    blocks: list[nn.Module] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    allowed = "must be false: this model has no blocks for it"
-    require("optimization.gradient_checkpointing", True, bool(blocks), allowed)
-    return blocks
 
 
 def _recomputed(block: nn.Module) -> Callable[..., Any]:

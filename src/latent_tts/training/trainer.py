@@ -10,7 +10,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -156,9 +156,9 @@ class ResumableTrainer(Trainer):
         # with a writer of its own, TensorBoard's thread ends however the training ends
         with SummaryWriter(str(states / "tensorboard")) if self.is_world_process_zero() else nullcontext() as writer:
             self.add_callback(TensorBoardCallback(writer))
+            before = signal.signal(signal.SIGINT, self.updates.note_ctrl_c)
             try:
-                with self.updates.deferring_ctrl_c():
-                    self.train(resume_from_checkpoint=str(last) if last else None)
+                self.train(resume_from_checkpoint=str(last) if last else None)
             except Exception as error:  # reading a state that is none raises almost anything
                 if last is None or self.updates.begun or isinstance(error, LatentTTSError | torch.OutOfMemoryError):
                     raise
@@ -166,6 +166,8 @@ class ResumableTrainer(Trainer):
                     f"{last}: cannot be resumed from ({type(error).__name__}: {' '.join(str(error).split())[:100]})\n"
                     "remove it to resume from an earlier state or anew"
                 ) from error
+            finally:
+                signal.signal(signal.SIGINT, before)
         self.remove_callback(TensorBoardCallback)
         if self.updates.interrupted:
             update, total = self.state.global_step, self.state.max_steps
@@ -199,11 +201,7 @@ def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def load_parameters(model: nn.Module, state: Path) -> None:
     """Copy the weights of a saved state into a model."""
     weights = load_file(state / files.WEIGHTS)
-    with torch.no_grad():
-        for name, value in trained_parameters(model):
-            if weights[name].shape != value.shape:
-                raise ValueError(f"{name} is {list(weights[name].shape)}, must be {list(value.shape)}")
-            value.copy_(weights[name])
+    model.load_state_dict({name: weights[name] for name, _ in trained_parameters(model)}, strict=False)
 
 
 class _UpdateCallback(TrainerCallback):
@@ -218,23 +216,12 @@ class _UpdateCallback(TrainerCallback):
         self.trainer, self.report, self.interrupted, self.begun = trainer, report, False, False
         self.logged: dict[str, float] = {}
 
-    @contextmanager
-    def deferring_ctrl_c(self) -> Iterator[None]:
-        """Defer Ctrl-C within the block until the end of an update, when all weights belong to the same update."""
-
-        def note(number: int, frame: FrameType | None) -> None:
-            # with a launcher, processes receive the same Ctrl-C twice: from the terminal and from the launcher
-            if self.interrupted and self.trainer.args.world_size == 1:
-                raise KeyboardInterrupt(
-                    "stopped during an update; re-run the command to resume from the last saved state"
-                )
-            self.interrupted = True
-
-        before = signal.signal(signal.SIGINT, note)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
+    def note_ctrl_c(self, number: int, frame: FrameType | None) -> None:
+        """Defer Ctrl-C until the end of an update, when all weights belong to the same update."""
+        # with a launcher, processes receive the same Ctrl-C twice: from the terminal and from the launcher
+        if self.interrupted and self.trainer.args.world_size == 1:
+            raise KeyboardInterrupt("stopped during an update; re-run the command to resume from the last saved state")
+        self.interrupted = True
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.begun = True

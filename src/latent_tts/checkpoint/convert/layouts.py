@@ -13,11 +13,12 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from tokenizers import AddedToken, Tokenizer
+
 from latent_tts.checkpoint import joining
 from latent_tts.errors import UsageError, require
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from torch import Tensor
 
 # in the order in which the training codes assign ids; CODI's first one is its padding token, never fed
@@ -59,8 +60,8 @@ def codi_backbone(
     factors = {name: value for name, value in tensors.items() if ".lora_" in name or ".modules_to_save." in name}
     tensors = {name.removeprefix(joining.PREFIX).replace(".base_layer.", "."): value
                for name, value in tensors.items() if name not in factors}  # fmt: skip
-    settings = {"lora_alpha": alpha, "transposed": kind == joining.TRANSPOSED}
     factors = {name.replace(".default.", "."): value for name, value in factors.items()}
+    settings = {"lora_alpha": alpha, "transposed": kind == joining.TRANSPOSED}
     tensors = joining.add_adapter(tensors, factors, settings, "codi.*", "src")
     projector, rest = _below("prj.", rest)
     require(
@@ -98,8 +99,12 @@ def deduplicate_embeddings(backbone: Mapping[str, Tensor], *, tied: bool) -> dic
     require("src", place, bool(copies), "missing: the file contains no input embedding")
     first, *others = copies
     for name in others:
-        why = f"differs from {first}, although the config ties them; check tie_word_embeddings"
-        require("src", name, copies[first].equal(copies[name]), why)
+        require(
+            "src",
+            name,
+            copies[first].equal(copies[name]),
+            f"differs from {first}, although the config ties them; check tie_word_embeddings",
+        )
     if any(name.startswith("model.") for name in tensors):
         place = EMBEDDINGS[1]
     return {**tensors, place: copies[first]}
@@ -145,8 +150,6 @@ def name_latent_tokens(tokenizer: Tokenizer, family: str, *, rows: int, vocabula
     known = [tokenizer.token_to_id(token) for token in order]
     if all(token_id is not None and token_id < rows for token_id in known):
         return
-    from tokenizers import AddedToken
-
     size = tokenizer.get_vocab_size(with_added_tokens=True)
     first = vocabulary if family == "CODI" and vocabulary not in (None, rows) else size
     assert first is not None

@@ -1,4 +1,4 @@
-"""A new backbone with random weights, from which `train-reasoner` starts without `init`."""
+"""A new backbone with random weights and a word-level tokenizer, from which `train-reasoner` starts without `init`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
+from latent_tts.checkpoint.files import LATENT_TOKENS
 from latent_tts.errors import check_fields, require
-from latent_tts.training.reasoner.vocabulary import END_OF_TEXT
 
+END_OF_TEXT, UNKNOWN = "<|endoftext|>", "<|unknown|>"
+SIGNS = ("<<", ">>", "###", "\n", "+", "-", "*", "/", "=", ",")
+LARGEST_NUMBER = 200
 PERIODS = (2.0, 3.0, 4.0, 5.0, 7.0, 10.0, 16.0, 25.0, 50.0, 100.0, 200.0, 400.0)
 
 
@@ -78,3 +81,23 @@ def number_features(number: int, width: int) -> torch.Tensor:
     waves = torch.cat([angles.cos(), angles.sin()])
     mix = torch.randn(len(waves), width, generator=torch.Generator().manual_seed(0)) / math.sqrt(len(PERIODS))
     return waves @ mix
+
+
+def word_level_tokenizer(words: list[str]) -> Tokenizer:
+    """A tokenizer with one token per word, sign and integer up to 200; larger numbers are spelt digit by digit.
+
+    Decoding joins tokens without spaces, so that digits become numbers again. This is right for answers and equations;
+    sentences lose their spaces, but they are never decoded.
+
+    Args:
+        words: the words and signs of the task.
+    """
+    numbers = [str(i) for i in range(LARGEST_NUMBER + 1)]
+    vocabulary = list(dict.fromkeys([END_OF_TEXT, UNKNOWN, *numbers, *SIGNS, *words]))
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=UNKNOWN))
+    pieces = Regex(r"<<|>>|###|\n|\b(?:200|1\d\d|[1-9]?\d)\b|\d|[^\W\d]+|[^\s\w]|_")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(pieces, behavior="removed", invert=True)
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    tokenizer.add_tokens(list(LATENT_TOKENS))
+    return tokenizer

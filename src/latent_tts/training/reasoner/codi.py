@@ -24,7 +24,7 @@ from latent_tts.training.reasoner.batch import (
 )
 from latent_tts.training.reasoner.coconut import CoconutObjective
 from latent_tts.training.reasoner.curriculum import Distilled, Stage, written_before_answer
-from latent_tts.training.reasoner.initial import add_tensors, embedding_table, has_tensors, load_trainable_lm
+from latent_tts.training.reasoner.initial import add_tensors, has_tensors, load_trainable_lm
 from latent_tts.types import Question
 
 SAMPLE_TOKENS = 32
@@ -45,7 +45,7 @@ def add_projector(folder: Path, hidden: int | None, seed: int, *, identity: bool
     if has_tensors(folder, PROJECTOR):
         return
     lm = load_trainable_lm(folder).eval()
-    width = embedding_table(lm).shape[1]
+    width = int(lm.config.hidden_size)
     inner = hidden or (2 * width if identity else width)
     torch.manual_seed(seed)
     projector = codi_projector(width, inner)

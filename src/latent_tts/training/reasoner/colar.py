@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from latent_tts.random.draw import Draw
 from latent_tts.sampler.greedy import Greedy
 from latent_tts.training.reasoner.batch import Sequences, check_computation, pad_rows
 from latent_tts.training.reasoner.curriculum import Stage
-from latent_tts.training.reasoner.initial import add_tensors, embedding_table, has_tensors, load_trainable_lm
+from latent_tts.training.reasoner.initial import add_tensors, has_tensors, load_trainable_lm
 from latent_tts.types import Computation, Question, Reasoner
 
 
@@ -31,24 +32,15 @@ def add_head(folder: Path, hidden: int | None, seed: int, *, spread: bool) -> No
         seed: seed of the random weights.
         spread: whether the head predicts a standard deviation too; `log_std` is added as zeros if it is missing.
     """
-    if has_tensors(folder, f"{HEAD}log_std.") or (has_tensors(folder, HEAD) and not spread):
-        return
-    embeddings_VD = embedding_table(load_trainable_lm(folder))
-    width = embeddings_VD.shape[1]
+    embedding = cast(nn.Embedding, load_trainable_lm(folder).get_input_embeddings())  # which may draw random numbers
+    width = embedding.embedding_dim
     torch.manual_seed(seed)
-    inner = hidden or 2 * width
-    if has_tensors(folder, HEAD):
-        inner = int(files.weight_shapes(folder)[f"{HEAD}fc.0.bias"][0])
-    else:
-        add_tensors(
-            folder,
-            HEAD,
-            colar_head(width, inner, spread=False),
-            latent_embedding_std=round(float(embeddings_VD.std()), 4),
-            latent_intermediate_size=inner,
-        )
-    if spread:
-        log_std = nn.Linear(inner, width)
+    if not has_tensors(folder, HEAD):
+        inner, std = hidden or 2 * width, round(float(embedding.weight.detach().std()), 4)
+        head = colar_head(width, inner, spread=False)
+        add_tensors(folder, HEAD, head, latent_embedding_std=std, latent_intermediate_size=inner)
+    if spread and not has_tensors(folder, f"{HEAD}log_std."):
+        log_std = nn.Linear(int(files.weight_shapes(folder)[f"{HEAD}fc.0.bias"][0]), width)
         nn.init.zeros_(log_std.weight)
         nn.init.zeros_(log_std.bias)
         add_tensors(folder, f"{HEAD}log_std.", log_std)

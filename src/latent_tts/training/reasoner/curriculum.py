@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from latent_tts.checkpoint.files import LATENT_TOKENS
-from latent_tts.errors import bad_value, check_fields, is_whole, require
+from latent_tts.errors import check_fields, is_whole, require
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -133,17 +133,10 @@ class Staged(Recipe):
         updates = self.stage_updates
         listed = isinstance(updates, list) and all(is_whole(each) and each >= 0 for each in updates)
         require("recipe.stage_updates", updates, listed, "must be a list of numbers of updates, as in [100,100]")
-
-    def check_latents(self) -> None:
-        """Check that there are latents, and as many as stages that each add one.
-
-        Raises:
-            UsageError: there are fewer.
-        """
-        least = max(1, len(self.stage_updates))
-        if not (is_whole(self.latents) and self.latents >= least):
-            stages = f"recipe.stage_updates has {len(self.stage_updates)} stages"
-            raise bad_value("model.latents", self.latents, f"must be {least} or more ({stages})")
+        whole = is_whole(self.latents)
+        least = max(1, self.latents_in(len(updates))) if whole else 1
+        allowed = f"must be {least} or more (recipe.stage_updates has {len(updates)} stages)"
+        require("model.latents", self.latents, whole and self.latents >= least, allowed)
 
     def latents_in(self, stage: int) -> int:
         """Number of latents of the stage that hides the first `stage` steps: one per step."""

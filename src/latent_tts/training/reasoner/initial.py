@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,8 +17,8 @@ from transformers.utils import logging
 from latent_tts.checkpoint import files, loading
 from latent_tts.checkpoint.vocabulary import MEAN, cut_to, fit_rows, with_tokens
 from latent_tts.errors import require
+from latent_tts.training.reasoner.backbone import UNKNOWN, word_level_tokenizer
 from latent_tts.training.reasoner.curriculum import Recipe
-from latent_tts.training.reasoner.vocabulary import UNKNOWN, word_level_tokenizer
 
 
 def load_trainable_lm(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -29,11 +29,6 @@ def load_trainable_lm(folder: Path, dtype: torch.dtype = torch.float32) -> PreTr
     lm = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype).train()
     loading.name_body(lm)
     return lm
-
-
-def embedding_table(lm: PreTrainedModel) -> Tensor:
-    """The token embeddings (V, D), without gradients."""
-    return cast(nn.Embedding, lm.get_input_embeddings()).weight.detach()
 
 
 def write_initial_checkpoint(make: Callable[[Path], None], folder: Path, recipe: Recipe, seed: int) -> None:

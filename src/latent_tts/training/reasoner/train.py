@@ -6,11 +6,12 @@ for each update.
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,8 @@ from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.checkpoint.joining import probe, write_adapter
 from latent_tts.random.philox import Stream, key_of, philox
 from latent_tts.task.arith import words
-from latent_tts.training.optimization import NO_LIMIT
-from latent_tts.training.reasoner.backbone import BackboneConfig
+from latent_tts.training.optimization import NO_LIMIT, ReasonerOptimization
+from latent_tts.training.reasoner.backbone import BackboneConfig, word_level_tokenizer
 from latent_tts.training.reasoner.batch import question_batches, token_batches
 from latent_tts.training.reasoner.curriculum import Objective, Recipe, Stage
 from latent_tts.training.reasoner.initial import (
@@ -34,11 +35,9 @@ from latent_tts.training.reasoner.initial import (
     write_initial_checkpoint,
 )
 from latent_tts.training.reasoner.lora import FULL, Lora, plain_settings
-from latent_tts.training.reasoner.optimization import ReasonerOptimization
 from latent_tts.training.reasoner.pace import LOG, Pace, Timed, of_first_process, read_log
 from latent_tts.training.reasoner.questions import TrainingQuestions, check_lengths, token_lengths
-from latent_tts.training.reasoner.validation import COVERAGE, GREEDY, Validation, joined_copy
-from latent_tts.training.reasoner.vocabulary import word_level_tokenizer
+from latent_tts.training.reasoner.validation import COVERAGE, GREEDY, Validation
 from latent_tts.training.recompute import recomputing_blocks
 from latent_tts.training.states import FINISHED, STATES, best_state, claim, last_state, read_state, resumable_state
 from latent_tts.training.trainer import (
@@ -48,7 +47,7 @@ from latent_tts.training.trainer import (
     trained_parameters,
     training_arguments,
 )
-from latent_tts.types import Computation, Question
+from latent_tts.types import Computation, Question, Reasoner
 
 MAX_VALID_BATCH, VALID_MICRO_BATCHES = 250, 4  # questions; so many micro-batches need less memory without gradients
 METRIC = "eval_exact_match"
@@ -141,6 +140,15 @@ class ReasonerModule(nn.Module):
         with recomputing_blocks(self.lm, self.recompute):
             return self.objective.loss(questions, stage)
 
+    def joined_copy(self, dtype: str) -> Reasoner:
+        """A copy as a run would load it, with the adapter joined in float32 and cast once."""
+        kind, next_latent = getattr(torch, dtype), cast(Any, self.objective).next_latent
+        lm: Any = copy.deepcopy(self.lm if self.adapted is None else self.adapted)
+        lm = lm if self.adapted is None else lm.merge_and_unload()
+        if isinstance(next_latent, nn.Module):
+            next_latent = copy.deepcopy(next_latent).to(kind).eval()
+        return Reasoner(lm.to(kind).eval().requires_grad_(False), next_latent)
+
 
 class ReasonerTrainer(ResumableTrainer):
     """The Trainer for a recipe: its stages, dropout keyed by the update, validation."""
@@ -191,7 +199,7 @@ class ReasonerTrainer(ResumableTrainer):
         parts = [valid[start : start + self.valid_batch] for start in range(0, len(valid), self.valid_batch)]
         figures = {METRIC: sum(self.module.objective.exact_matches(part, stage) for part in parts) / len(valid)}
         if self.validation is not None:
-            reasoner = replace(joined_copy(self.module, self.validation.dtype), computation=self.computation)
+            reasoner = replace(self.module.joined_copy(self.validation.dtype), computation=self.computation)
             drawn = self.validation.measure(reasoner, self.adapter, stage, valid, self.questions.rule)
             figures |= drawn
             score, recipe = of_first_process(list(drawn.values())), self.pace.recipe
@@ -264,8 +272,9 @@ def train_reasoner(
             write_initial_checkpoint(make, output / INITIAL, recipe, seed)
     adapter.check()
     check_lengths([*questions.finite, *questions.valid], adapter, adapter.latents)
-    pace = Pace(recipe, save_every, validation.every, followed)
-    if optimization.minutes is not None:
+    if optimization.minutes is None:
+        pace = Pace(recipe, save_every, validation.every, followed)
+    else:
         rows = [] if last is None else read_state(last)["stateful_callbacks"][Timed.__name__]["attributes"]["rows"]
         plan = recipe, save_every, validation.every, rows
         pace = Timed(*plan, minutes=optimization.minutes, share=validation.share, path=states / LOG)

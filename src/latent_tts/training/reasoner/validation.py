@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,7 +66,7 @@ class Validation:
         after = adapter.latents + len(adapter.thinking_end_ids) + self.max_answer_tokens
         longest = max(len(adapter.encode(question)) for question in questions) + after
         try:
-            found = prove_reasoner(joined_copy(module, "float32"), longest)
+            found = prove_reasoner(module.joined_copy("float32"), longest)
         except UsageError as error:
             raise bad_value("validation.every", self.every, f"must be null: {error}") from error
         if found.reason:
@@ -124,17 +123,3 @@ class Validation:
                     solved += any(answer is not None and rule.is_right(answer, question.gold) for answer in read)
             shares.append(solved / len(questions))
         return {GREEDY: shares[0], COVERAGE.format(self.rollouts): shares[1]}
-
-
-def joined_copy(module: Any, dtype: str) -> Reasoner:
-    """A copy of a model in training, with its adapter joined in float32 and cast once."""
-    import torch
-    from torch import nn
-
-    kind = getattr(torch, dtype)
-    lm = copy.deepcopy(module.objective.lm if module.adapted is None else module.adapted)
-    lm = lm if module.adapted is None else lm.merge_and_unload()
-    next_latent = module.objective.next_latent
-    if isinstance(next_latent, nn.Module):
-        next_latent = copy.deepcopy(next_latent).to(kind).eval()
-    return Reasoner(lm.to(kind).eval().requires_grad_(False), next_latent)

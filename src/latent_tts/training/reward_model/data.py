@@ -11,7 +11,7 @@ import numpy as np
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.engine.cost import Shape
-from latent_tts.errors import UsageError, bad_value, require
+from latent_tts.errors import UsageError, require
 from latent_tts.results.annotations import AnnotationFolder
 from latent_tts.results.files import settings_digest
 
@@ -106,11 +106,9 @@ def open_questions(path: Path, adapter: CheckpointAdapter, named: Mapping[str, A
     found = folder.settings.get("reasoner")
     if folder.official:
         log.warning("%s=%s: official shards do not name their reasoner, so it is not checked", key, path)
-    elif found != adapter.digest:
-        of = f"{folder.settings.get('reasoner_name')} ({found})"
-        raise bad_value(
-            key, path, f"annotated with the reasoner {of}; model.checkpoint is {adapter.name} ({adapter.digest})"
-        )
+    else:
+        of, given = f"{folder.settings.get('reasoner_name')} ({found})", f"{adapter.name} ({adapter.digest})"
+        require(key, path, found == adapter.digest, f"annotated with the reasoner {of}; model.checkpoint is {given}")
     made = folder.settings | folder.settings.get("fields", {})
     for name in (name for name in named if name in made):
         wrong = f"its rollouts were made with model.{name}={made[name]}, not {named[name]}; name it"
@@ -123,16 +121,11 @@ def open_questions(path: Path, adapter: CheckpointAdapter, named: Mapping[str, A
     require(key, path, latent_id is not None, f"neither its settings nor model={adapter.name} has a latent_id")
     folder.width = Shape.from_config(adapter.sizes).width
     mixed = MixedQuestions(folder, adapter, latent_id, key)
-    if mixed.unmixed is None:
-        log.info("%s: %d questions", key, len(mixed))
-    else:
-        log.info(
-            "%s: %d questions with right and wrong rollouts; dropped: %d with all right, %d with all wrong",
-            key,
-            len(mixed),
-            mixed.unmixed["all_correct"],
-            mixed.unmixed["all_wrong"],
-        )
+    dropped = ""
+    if mixed.unmixed is not None:
+        counts = "{all_correct} with all right, {all_wrong} with all wrong".format_map(mixed.unmixed)
+        dropped = f" with right and wrong rollouts; dropped: {counts}"
+    log.info("%s: %d questions%s", key, len(mixed), dropped)
     return mixed
 
 

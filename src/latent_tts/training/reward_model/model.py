@@ -167,20 +167,20 @@ class LatentRMModule(nn.Module):
 
         An adapter is written without the reasoner's weights; the record names its checkpoint as `base`.
         """
+        head = {f"classifier.{name}": value for name, value in self.classifier.named_parameters()}
+        head = _rounded(head, dtype)
         if self.adapted is not None:
             from peft import get_peft_model_state_dict
 
             state = get_peft_model_state_dict(self.adapted, save_embedding_layers=False)
-            head = {f"classifier.{name}": value for name, value in self.classifier.named_parameters()}
             reward_adapter.write(
-                folder, adapter.folder, _rounded(state, dtype), plain_settings(self.adapted), _rounded(head, dtype),
+                folder, adapter.folder, _rounded(state, dtype), plain_settings(self.adapted), head,
                 adapter.config | {"latent_rm": dict(record)},
             )  # fmt: skip
             return
         folder.mkdir(parents=True, exist_ok=True)
         named = {f"{self.prefix}.{name}": value for name, value in self.backbone.named_parameters()}
-        named |= {f"classifier.{name}": value for name, value in self.classifier.named_parameters()}
-        save_file(_rounded(named, dtype), folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(_rounded(named, dtype) | head, folder / "model.safetensors", metadata={"format": "pt"})
         shutil.copyfile(adapter.folder / "tokenizer.json", folder / "tokenizer.json")
         config = {**adapter.config, "dtype": str(dtype).removeprefix("torch."), "latent_rm": dict(record)}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -17,11 +17,11 @@ from transformers.trainer_utils import EvalPrediction
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.results.files import write_text
+from latent_tts.training.optimization import RewardOptimization
 from latent_tts.training.reasoner.lora import FULL, Lora
 from latent_tts.training.reward_model.data import MixedQuestions, collate
 from latent_tts.training.reward_model.loss import RewardLoss, rollout_scores
 from latent_tts.training.reward_model.model import LatentRMModule
-from latent_tts.training.reward_model.optimization import RewardOptimization
 from latent_tts.training.states import FINISHED, STATES, best_state, last_state, read_state, resumable_state
 from latent_tts.training.trainer import Report, ResumableTrainer, load_parameters, training_arguments
 
@@ -193,8 +193,8 @@ class RewardTrainer(ResumableTrainer):
         """The micro-batches of an update, each with its weight: the last one of an epoch may have fewer questions."""
         batches, items = super().get_batch_samples(*arguments, **more)
         sizes = [len(batch["lengths_Q"]) for batch in batches]
-        weights = [size * len(sizes) / sum(sizes) for size in sizes]
-        return [batch | {"weight": weight} for batch, weight in zip(batches, weights, strict=True)], items
+        weighted = zip(batches, sizes, strict=True)
+        return [batch | {"weight": size * len(sizes) / sum(sizes)} for batch, size in weighted], items
 
     def loss_of(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The loss of a batch, and the scores (Q, N) of its rollouts."""
