@@ -245,6 +245,7 @@ def check_decoder(config: Mapping[str, Any], folder: Path, *, key: str = MODEL_K
     kind, why = str(config.get("model_type", "")), "latents are fed to decoders made of attention"
     layers = config.get("layer_types") or []
     other = sorted({str(layer) for layer in layers} - ATTENTION_LAYERS) if isinstance(layers, list) else []
+    state = f" ({', '.join(other)})" if other else ""
     queries, keys = (config.get(name) for name in ("num_attention_heads", "num_key_value_heads"))
     wrong = {
         f"a {kind} model has an encoder; {why}": config.get("is_encoder_decoder"),
@@ -259,11 +260,11 @@ def check_decoder(config: Mapping[str, Any], folder: Path, *, key: str = MODEL_K
         ),
         f"config.json has num_key_value_heads={keys}, must be {queries}: with kv_lora_rank, keys have as many heads as "
         "queries": config.get("kv_lora_rank") and None not in (queries, keys) and queries != keys,
-        f"a {kind} model keeps another memory than keys and values ({', '.join(other) or kind}), as a running state, "
-        f"which cannot be rewound or forked; {why}": other or kind.startswith(RECURRENT),
+        f"a {kind} model keeps another memory than keys and values{state}, as a running state, which cannot be rewound "
+        f"or forked; {why}": other or kind.startswith(RECURRENT),
     }
-    for reason_against, holds in wrong.items():
-        require(key, folder, not holds, reason_against)
+    for refusal, holds in wrong.items():
+        require(key, folder, not holds, refusal)
 
 
 def check_sizes(config: Mapping[str, Any], folder: Path, *, key: str = MODEL_KEY) -> None:
