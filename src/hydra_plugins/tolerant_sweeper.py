@@ -16,7 +16,6 @@ from hydra.core.utils import JobStatus
 from omegaconf import OmegaConf
 
 from latent_tts.config.error_text import describe, is_refused, say
-from latent_tts.errors import JobsFailed
 
 
 class TolerantSweeper(BasicSweeper):
@@ -28,7 +27,7 @@ class TolerantSweeper(BasicSweeper):
         An argument replaces the parameter of the same name in the config's own sweep (`hydra.sweeper.params`).
 
         Raises:
-            JobsFailed: at least one job failed.
+            SystemExit: at least one job failed; the largest of their exit codes.
         """
         # Hydra imports this file for every command: what only sweeps need is imported here
         from latent_tts.config.build import from_here
@@ -87,7 +86,7 @@ class TolerantSweeper(BasicSweeper):
         if hasattr(command, "finish_sweep"):
             command.finish_sweep(folder, finished, configs)
         if max(codes):
-            raise JobsFailed(max(codes))
+            raise SystemExit(max(codes))
         return results
 
     def _jobs(self, arguments: Sequence[str], command: Any) -> list[list[str]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from latent_tts.config.error_text import KEPT, is_refused, log_to_files, say
 from latent_tts.config.interrupts import INTERRUPTS
-from latent_tts.errors import JobsFailed, UsageError, closest, did_you_mean
+from latent_tts.errors import UsageError, closest, did_you_mean
 
 # name: (what it does, names of its positional arguments; a trailing * takes the rest, a trailing ? may be missing)
 COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -196,8 +196,6 @@ def _run_hydra(name: str, *, wants_traceback: bool) -> int:
         return stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt as interrupt:
         return _say_interrupted(name, str(interrupt))
-    except JobsFailed as failed:
-        return failed.exit_code
     except BrokenPipeError:
         raise
     except Exception as error:

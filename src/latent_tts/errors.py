@@ -36,18 +36,6 @@ class UsageError(LatentTTSError):
     exit_code = 2
 
 
-class JobsFailed(Exception):
-    """Some jobs of a sweep failed; each has been reported.
-
-    Attributes:
-        exit_code: the largest one of the failed jobs.
-    """
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__(f"jobs failed with exit code {exit_code}")
-        self.exit_code = exit_code
-
-
 class RunError(LatentTTSError):
     """A failure while computing; what was computed stays on disk."""
 

@@ -88,7 +88,7 @@ def test_a_rollout_is_that_of_a_run(annotate, run):
 BAD = [
     (["completions=0"], ["completions=0", "1 or more"]),
     (["n=1"], ["n=1", "2 or more"]),
-    (["keep=some"], ["keep=some", "mixed, all"]),
+    (["keep=some"], ["keep=some", "mixed or all"]),
     (["sampler=greedy"], ["sampler=greedy", "gaussian, or dropout in prompt or thoughts"]),
     (["sampler=greedy", "answer.temperature=1"], ["sampler=greedy", "latents differ"]),
     (["answer.top_p=2"], ["answer.top_p=2", "(0, 1]"]),

@@ -154,7 +154,7 @@ def test_so_does_a_graph_of_the_kernels_of_triton(monkeypatch, dtype, sampler, p
     eager, graphed, _ = both("qwen3", device="cuda:0", dtype=dtype, recorder=CudaRecorder, **PLANS[plan])
     assert attention.has_kernel(torch.empty(16, dtype=dtype, device="cuda:0"))
     assert head.has_kernel(torch.empty(16, dtype=dtype, device="cuda:0"))
-    roundings, most = recording._OTHER_ORDER if dtype.itemsize == 4 else recording._OTHER_ORDER_HALF
+    roundings, most = recording._OTHER_ORDER[dtype.itemsize < 4]
     for number, lengths in enumerate(LENGTHS):
         found, wanted = (rolled(engine, SAMPLERS[sampler], number, lengths) for engine in (graphed, eager))
         assert graphs.FixedRollouts.agreement(graphed, found, wanted, roundings) >= most

@@ -16,7 +16,7 @@ from latent_tts.engine.graph_scoring import GraphScorer
 from latent_tts.engine.graphs import GraphEngine
 from latent_tts.engine.labelling import label_batch
 from latent_tts.engine.packing import RolloutJob
-from latent_tts.engine.recording import Recorder, Recordings
+from latent_tts.engine.recording import CudaRecorder, Recordings
 from latent_tts.engine.rollout import Engine, RolloutPlan, Rollouts
 from latent_tts.engine.scoring import LatentScorer
 from latent_tts.random.draw import Draw
@@ -42,7 +42,7 @@ class Place(NamedTuple):
     device: torch.device
     moved: Callable[[nn.Module], Any]
     computing: Callable[[], AbstractContextManager] = nullcontext
-    recorder: Callable[[], Recorder] = Runs
+    recorder: Callable[[], CudaRecorder] = Runs
 
     def reasoner(self, family: str) -> Reasoner:
         made = tiny.reasoner(family)

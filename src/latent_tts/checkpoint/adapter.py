@@ -166,8 +166,7 @@ class CheckpointAdapter:
             found = shapes.get(prefix + name)
             require("model.checkpoint", self.folder, found is not None, f"the {part} lacks {prefix}{name}")
             allowed = f"with the backbone's width of {self.width} it must be {shape}"
-            why = f"{prefix}{name} has the shape {found}; {allowed}"
-            require("model.checkpoint", self.folder, found == shape, why)
+            require("model.checkpoint", self.folder, found == shape, f"{prefix}{name} has the shape {found}; {allowed}")
 
     def check_tokens(self) -> None:
         """Check that the tokenizer has what prompts are made of; raises UsageError."""
@@ -193,9 +192,8 @@ class CheckpointAdapter:
     @cached_property
     def identity(self) -> str:
         """`digest`, and a digest of prompts and end tokens where files that it leaves out say what they are."""
-        of_config = self._special_ids("eos")["config.json"]
         beside = any((self.folder / name).is_file() for name in files.BESIDE_TOKENIZER)
-        if not beside and set(self.eos_ids) == set(of_config):
+        if not beside and set(self.eos_ids) == set(self._special_ids("eos")["config.json"]):
             return self.digest
         read = json.dumps([self.prompt_recipe, sorted(self.eos_ids)])
         return f"{self.digest}-{hashlib.sha256(read.encode()).hexdigest()[:6]}"
@@ -259,8 +257,12 @@ class CheckpointAdapter:
             chosen = self.eos if isinstance(self.eos, list | tuple) else [self.eos]
             ids = [self.tokenizer.token_to_id(token) if isinstance(token, str) else token for token in chosen]
             known = [token for token in ids if files.is_token(token, self.tokenizer)]
-            allowed = f"must be a token of {self.checkpoint}, by its text or id, or a list of them"
-            require("model.eos", self.eos, bool(known) and known == ids, allowed)
+            require(
+                "model.eos",
+                self.eos,
+                bool(known) and known == ids,
+                f"must be a token of {self.checkpoint}, by its text or id, or a list of them",
+            )
             return tuple(dict.fromkeys(known))
         named = self._special_ids("eos")
         of_tokenizer = named["tokenizer_config.json"]
@@ -272,8 +274,7 @@ class CheckpointAdapter:
             bool(first),
             f"none of {', '.join(named)} names the token that ends an answer\nname it, as in model.eos='<|im_end|>'",
         )
-        markers = {self.tokenizer.token_to_id(token) for token in files.LATENT_TOKENS}
-        markers.update(*self._special_ids("pad").values())
+        markers = set(map(self.tokenizer.token_to_id, files.LATENT_TOKENS)).union(*self._special_ids("pad").values())
         everything = dict.fromkeys([first[0], *(token for ids in named.values() for token in ids)])
         return tuple(token for token in everything if token == first[0] or token not in markers)
 

@@ -245,6 +245,7 @@ def check_decoder(config: Mapping[str, Any], folder: Path, *, key: str = MODEL_K
     kind, why = str(config.get("model_type", "")), "latents are fed to decoders made of attention"
     layers = config.get("layer_types") or []
     other = sorted({str(layer) for layer in layers} - ATTENTION_LAYERS) if isinstance(layers, list) else []
+    state = f" ({', '.join(other)})" if other else ""
     queries, keys = (config.get(name) for name in ("num_attention_heads", "num_key_value_heads"))
     wrong = {
         f"a {kind} model has an encoder; {why}": config.get("is_encoder_decoder"),
@@ -259,11 +260,11 @@ def check_decoder(config: Mapping[str, Any], folder: Path, *, key: str = MODEL_K
         ),
         f"config.json has num_key_value_heads={keys}, must be {queries}: with kv_lora_rank, keys have as many heads as "
         "queries": config.get("kv_lora_rank") and None not in (queries, keys) and queries != keys,
-        f"a {kind} model keeps another memory than keys and values ({', '.join(other) or kind}), as a running state, "
-        f"which cannot be rewound or forked; {why}": other or kind.startswith(RECURRENT),
+        f"a {kind} model keeps another memory than keys and values{state}, as a running state, which cannot be rewound "
+        f"or forked; {why}": other or kind.startswith(RECURRENT),
     }
-    for reason_against, holds in wrong.items():
-        require(key, folder, not holds, reason_against)
+    for refusal, holds in wrong.items():
+        require(key, folder, not holds, refusal)
 
 
 def check_sizes(config: Mapping[str, Any], folder: Path, *, key: str = MODEL_KEY) -> None:
@@ -321,8 +322,12 @@ def check_shapes(
     name = "n_layer" if "n_embd" in config else "num_hidden_layers"
     layers = len({found[1] for tensor in shapes if (found := LAYER.search(tensor))})
     depth = config.get(name)
-    why = f"config.json has {name}={depth}, the weights have {layers} layers"
-    require(key, folder, not is_whole(depth) or depth <= layers, why)
+    require(
+        key,
+        folder,
+        not is_whole(depth) or depth <= layers,
+        f"config.json has {name}={depth}, the weights have {layers} layers",
+    )
     for name, suffixes, axis in LIMITS:
         value, found = config.get(name), next((t for t in shapes if t.endswith(suffixes)), None)
         if found is None or not is_whole(value) or (axis == 1 and any(other in config for other in NARROW_EMBEDDINGS)):
@@ -342,8 +347,7 @@ def weight_files(folder: Path, *, key: str = MODEL_KEY) -> list[Path]:
         UsageError: there are none, one is missing or cut off, there is only a pickle, or an adapter is beside them:
             transformers would load the model that it names.
     """
-    why = f"holds an adapter ({ADAPTER}); {convert_hint(folder, key)}"
-    require(key, folder, not (folder / ADAPTER).is_file(), why)
+    require(key, folder, not (folder / ADAPTER).is_file(), f"holds an adapter ({ADAPTER}); {convert_hint(folder, key)}")
     shards: dict[str, set[str]] = {}
     if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():  # the order of transformers
         shards[WEIGHTS] = set()
@@ -351,8 +355,12 @@ def weight_files(folder: Path, *, key: str = MODEL_KEY) -> list[Path]:
         weight_map = read_json(folder, INDEX, key=key).get("weight_map", {})
         require(key, folder, isinstance(weight_map, dict) and bool(weight_map), f"{INDEX} has no weight_map")
         for tensor, name in sorted(weight_map.items(), key=lambda item: (str(item[1]), item[0])):
-            why = f"{INDEX} names {name!r}, which is no file of the folder"
-            require(key, folder, isinstance(name, str) and Path(name).name == name, why)
+            require(
+                key,
+                folder,
+                isinstance(name, str) and Path(name).name == name,
+                f"{INDEX} names {name!r}, which is no file of the folder",
+            )
             shards.setdefault(name, set()).add(tensor)
     for name, tensors in shards.items():
         path = folder / name
@@ -399,8 +407,12 @@ def tensor_shapes(path: Path, *, key: str = MODEL_KEY) -> dict[str, list[int]]:
     except (SafetensorError, OSError) as error:
         raise bad_value(key, path, f"truncated or not safetensors ({error})") from error
     for name, kind in kinds.items():  # masks and counters may be integers
-        why = f"{name} is {kind}, must be one of {', '.join(PLAIN_DTYPES)}; use a checkpoint of plain weights"
-        require(key, path, not name.endswith("weight") or kind in PLAIN_DTYPES, why)
+        require(
+            key,
+            path,
+            not name.endswith("weight") or kind in PLAIN_DTYPES,
+            f"{name} is {kind}, must be one of {', '.join(PLAIN_DTYPES)}; use a checkpoint of plain weights",
+        )
     return shapes
 
 
@@ -471,14 +483,13 @@ def tokens_around(folder: Path, tokenizer: Tokenizer) -> dict[str, bool]:
 def chat_template(folder: Path) -> tuple[str | None, dict[str, str]]:
     """A checkpoint's Jinja template of chats (None if it has none), and the special tokens that it may name."""
     config = _read_optional(folder, "tokenizer_config.json")
-    texts = {name: _token_text(config.get(name)) for name in SPECIAL}
-    tokens = {name: text for name, text in texts.items() if text is not None}
+    tokens = {name: text for name in SPECIAL if (text := _token_text(config.get(name))) is not None}
     if (folder / CHAT_TEMPLATE).is_file():
         return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8"), tokens
     template = config.get("chat_template")
     if isinstance(template, list):  # several by name
-        named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
-        template = named.get("default")
+        named = (each for each in template if isinstance(each, dict) and each.get("name") == "default")
+        template = next(named, {}).get("template")
     return template if isinstance(template, str) else None, tokens
 
 

@@ -78,8 +78,12 @@ def check(file: Path, key: str) -> str | None:
         UsageError: gguf is not installed, or the file is damaged, of an architecture that is not supported, or has a
             field or weight that transformers drops, so that another model would be computed.
     """
-    why = "gguf is not installed: pip install '.[gguf]' in the clone"
-    require(key, f"{PREFIX}{file}", find_spec("gguf") is not None, why)
+    require(
+        key,
+        f"{PREFIX}{file}",
+        find_spec("gguf") is not None,
+        "gguf is not installed: pip install '.[gguf]' in the clone",
+    )
     from gguf import GGUFReader
 
     try:
@@ -92,8 +96,12 @@ def check(file: Path, key: str) -> str | None:
             key, f"{PREFIX}{file}", f"truncated or not GGUF ({' '.join(str(error).split())[:120]})"
         ) from error
     architecture = fields.get("general.architecture")
-    why = f"is a GGUF file of the architecture {architecture}; must be one of {', '.join(ARCHITECTURES)}"
-    require(key, f"{PREFIX}{file}", architecture in ARCHITECTURES, why)
+    require(
+        key,
+        f"{PREFIX}{file}",
+        architecture in ARCHITECTURES,
+        f"is a GGUF file of the architecture {architecture}; must be one of {', '.join(ARCHITECTURES)}",
+    )
     start = f"{architecture}."
     own = {name.removeprefix(start): value for name, value in fields.items() if name.startswith(start)}
     dropped = [f"{start}{name}={own[name]}" for name in own.keys() - FIELDS_READ if own[name] != NEUTRAL.get(name)]
@@ -131,8 +139,9 @@ def convert(file: Path, folder: Path, key: str) -> None:
             )
             tokenizer: Any = AutoTokenizer.from_pretrained(file.resolve().parent, gguf_file=file.name)
     except (RuntimeError, ValueError, OSError, KeyError, TypeError, ImportError, AttributeError) as error:
-        why = f"transformers cannot read it: {' '.join(str(error).split())[:200]}"
-        raise bad_value(key, f"{PREFIX}{file}", why) from error
+        raise bad_value(
+            key, f"{PREFIX}{file}", f"transformers cannot read it: {' '.join(str(error).split())[:200]}"
+        ) from error
     lm, info = loaded
     missing = min(info["missing_keys"], default=None)
     require(key, f"{PREFIX}{file}", missing is None, f"lacks the weight {missing}")

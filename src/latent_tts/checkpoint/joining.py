@@ -107,8 +107,12 @@ def join(folder: Path, base: Path, target: Path, record: Mapping[str, Any], key:
               metadata={"format": "pt"})  # fmt: skip
     lm = loading.load_causal_lm(target, device="cpu", dtype="float32", key=key)
     wanted = load_file(folder / PROBE)
-    why = f"{PROBE} is none that this version writes: train the adapter again"
-    require(key, folder, wanted.keys() == {"prompts_PL", "tokens_A", "latents_PTD", "logprobs_PA"}, why)
+    require(
+        key,
+        folder,
+        wanted.keys() == {"prompts_PL", "tokens_A", "latents_PTD", "logprobs_PA"},
+        f"{PROBE} is none that this version writes: train the adapter again",
+    )
     found = probe(lm, wanted["prompts_PL"], int(wanted["latents_PTD"].shape[1]), wanted["tokens_A"])
     for name in ("latents_PTD", "logprobs_PA"):
         require(
@@ -141,8 +145,12 @@ def read_settings(folder: Path, key: str) -> dict[str, Any]:
     unsupported = find_unsupported(settings)
     require(key, folder, unsupported is None, f"{files.ADAPTER} has {unsupported}, which is not supported")
     rank, scale = settings.get("r"), settings.get("lora_alpha")
-    why = f"{files.ADAPTER} has r={rank} and lora_alpha={scale}, must be a positive integer and a finite number"
-    require(key, folder, is_whole(rank) and rank > 0 and is_number(scale), why)
+    require(
+        key,
+        folder,
+        is_whole(rank) and rank > 0 and is_number(scale),
+        f"{files.ADAPTER} has r={rank} and lora_alpha={scale}, must be a positive integer and a finite number",
+    )
     return settings
 
 

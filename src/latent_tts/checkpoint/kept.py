@@ -67,8 +67,8 @@ def make_once(kind: str, digest: str, source: str, make: Callable[[Path], None])
     written = read_object(folder / SOURCE).get("files") or {}
     damaged = [
         name
-        for name, digest in written.items()
-        if not (folder / name).is_file() or file_digest(folder / name) != digest
+        for name, wanted in written.items()
+        if not (folder / name).is_file() or file_digest(folder / name) != wanted
     ]
     if damaged:
         log.warning("%s is damaged: its folder is removed, and made anew", folder / damaged[0])
@@ -76,9 +76,10 @@ def make_once(kind: str, digest: str, source: str, make: Callable[[Path], None])
     if not folder.is_dir():
         log.info("%s: converting it, once, to %s", source, folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for left in folder.parent.glob(f"{PARTIAL}*"):  # of a process that was killed
-            if time.time() - left.stat().st_mtime > UNFINISHED_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)
+        for left in folder.parent.glob(f"{PARTIAL}*"):
+            with contextlib.suppress(OSError):  # another process was first
+                if time.time() - left.stat().st_mtime > UNFINISHED_SECONDS:
+                    shutil.rmtree(left)
         partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=PARTIAL))
         try:
             make(partial)

@@ -44,8 +44,9 @@ def read_pickles(shards: Sequence[Path]) -> dict[str, Tensor]:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-            why = f"not a pickle that contains only tensors ({str(error).splitlines()[0][:120]})"
-            raise bad_value("src", path, why) from error
+            raise bad_value(
+                "src", path, f"not a pickle that contains only tensors ({str(error).splitlines()[0][:120]})"
+            ) from error
         shard = content.get("state_dict", content) if isinstance(content, dict) else {}
         only_tensors = bool(shard) and all(isinstance(value, Tensor) for value in shard.values())
         require("src", path, only_tensors, "does not hold a dict of tensors")
@@ -115,8 +116,9 @@ def load_causal_lm(
     missing = ", ".join(sorted(info["missing_keys"])[:3])
     require(key, folder, not missing, f"weights are missing: {missing} ...")
     unused = min((name for name in info["unexpected_keys"] if IN_BLOCK.search(name)), default=None)
-    why = f"config.json describes fewer layers or biases than the weights have: {unused} ..."
-    require(key, folder, unused is None, why)
+    require(
+        key, folder, unused is None, f"config.json describes fewer layers or biases than the weights have: {unused} ..."
+    )
     name_body(model)
     return model.to(device).eval().requires_grad_(False)
 

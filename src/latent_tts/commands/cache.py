@@ -83,13 +83,11 @@ def to_prune(
 
 def show_models(folder: Path, models: Sequence[KeptModel]) -> None:
     """The models as a table."""
-    used = [report.age(time.time() - model.used) + (", stale" if model.stale else "") for model in models]
-    rows = [
-        [model.folder.name, model.kind, model.source, size(model.size), age]
-        for model, age in zip(models, used, strict=True)
-    ]
-    total = size(sum(model.size for model in models))
-    title = f"{folder}: {report.counted(len(models), 'model')}, {total}"
+    rows = []
+    for model in models:
+        used = report.age(time.time() - model.used) + (", stale" if model.stale else "")
+        rows.append([model.folder.name, model.kind, model.source, size(model.size), used])
+    title = f"{folder}: {report.counted(len(models), 'model')}, {size(sum(model.size for model in models))}"
     report.print_table(title, ["folder", "made", "from", "size", "last used"], rows)
 
 
@@ -100,13 +98,13 @@ def show(root: Path, entries: Sequence[CacheEntry]) -> None:
         key, sampler = entry.key, entry.key.get("sampler") or {}
         kind = str(sampler.get("_target_", "?")).rpartition(".")[2].lower()
         numbers = [f"{name}={value}" for name, value in sampler.items() if is_number(value)]
-        cells = [entry.folder.name, key.get("name", "?"), " ".join([kind, *numbers])]
-        cells += [key.get(column, "?") for column in ("latents", "seed", "dtype")]
         used = report.age(time.time() - entry.used) + ("" if is_current(key) else ", stale")
-        rows.append([*cells, entry.rollouts, size(entry.size), used])
+        named = [entry.folder.name, key.get("name", "?"), " ".join([kind, *numbers])]
+        settings = (key.get(column, "?") for column in ("latents", "seed", "dtype"))
+        rows.append([*named, *settings, entry.rollouts, size(entry.size), used])
     columns = ["entry", "model", "sampler", "latents", "seed", "dtype", "rollouts", "size", "last used"]
-    total = size(sum(entry.size for entry in entries))
-    title = f"{root}: {report.counted(len(entries), 'entry', 'entries')}, {total}"
+    counted = report.counted(len(entries), "entry", "entries")
+    title = f"{root}: {counted}, {size(sum(entry.size for entry in entries))}"
     report.print_table(title, columns, rows, {"seed": 1, "dtype": 2, "latents": 3})
 
 

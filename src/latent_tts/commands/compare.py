@@ -21,8 +21,7 @@ def main(cfg: DictConfig) -> None:
     """
     require("questions", cfg.questions, cfg.questions in ("same", "shared"), "must be same or shared")
     a, b = (read_side(key, Path(cfg[key]).expanduser(), aggregator_builder(cfg)) for key in ("a", "b"))
-    figures, ns = (cfg.a_figure, cfg.b_figure), (cfg.a_n, cfg.b_n)
-    found = differences(a, b, figures, ns, shared=cfg.questions == "shared")
+    found = differences(a, b, (cfg.a_figure, cfg.b_figure), (cfg.a_n, cfg.b_n), shared=cfg.questions == "shared")
     rows = []
     for _, one in found.iterrows():
         figure = one.a_figure if one.a_figure == one.b_figure else f"{one.a_figure} - {one.b_figure}"

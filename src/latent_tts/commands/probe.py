@@ -42,8 +42,12 @@ def main(cfg: DictConfig) -> None:
     adapter: CheckpointAdapter = build("model", cfg.model)
     check_fields("", cfg, directions="a positive integer", threshold="a positive number")
     require("tolerances", "[]", len(cfg.tolerances) > 0, "must be a list of numbers in [0, 1)")
-    why = "must be a model without sweeps of its own, such as PCCoT has"
-    require("model", adapter.name, adapter.own_schedule is None, why)
+    require(
+        "model",
+        adapter.name,
+        adapter.own_schedule is None,
+        "must be a model without sweeps of its own, such as PCCoT has",
+    )
     adapter.check()
     require("model", adapter.name, adapter.latents > 0, "has no latents to probe")
     schedules = schedules_to_try(cfg.guesses, cfg.tolerances, cfg.draft, cfg.mixing, adapter)
@@ -62,22 +66,18 @@ def main(cfg: DictConfig) -> None:
         write_csv(output / QUESTIONS, found.questions, index=False, float_format="%.6g")
         latents = [str(place + 1) for place in range(len(found.relative_TT))]
         write_csv(output / DEPENDENCIES, pd.DataFrame(found.relative_TT, latents, latents), float_format="%.4g")
-        title = f"{adapter.name} on {task.name}, {len(prompts)} questions"
-        draw_dependencies(found.relative_TT, title, output / FIGURE)
+        draw_dependencies(
+            found.relative_TT, f"{adapter.name} on {task.name}, {len(prompts)} questions", output / FIGURE
+        )
         chosen = found.recommended
         keys = None if chosen is None or found.max_rows == 0 else asdict(chosen)
         plan = Plan(adapter.digest, adapter.latents, engine.dtype, found.device, found.max_rows, keys)
         write_text(output / PLAN, plan.text)
-    show(found, adapter.name, cfg.threshold)
-    print(output / QUESTIONS)
-
-
-def show(found: Probe, model: str, threshold: float) -> None:
-    """Print dependencies, the graph's figures, sweeps for each tolerance, and what they recommend."""
-    show_dependencies(found, model, threshold)
-    show_schedules(found, model)
+    show_dependencies(found, adapter.name, cfg.threshold)
+    show_schedules(found, adapter.name)
     for line in recommendation(found):
         report.print_line(line)
+    print(output / QUESTIONS)
 
 
 def show_dependencies(found: Probe, model: str, threshold: float) -> None:
@@ -85,9 +85,11 @@ def show_dependencies(found: Probe, model: str, threshold: float) -> None:
     total = len(found.relative_TT)
     cells = [["" if not np.isfinite(v) or s >= t else f"{v:.2f}" for s, v in enumerate(row)] for t, row in
              enumerate(found.relative_TT)]  # fmt: skip
-    title = f"{model}: relative change of each latent (row) per relative change of an earlier one (column)"
-    columns = ["latent", *(str(place + 1) for place in range(total))]
-    report.print_table(title, columns, [[str(place + 1), *row] for place, row in enumerate(cells)])
+    report.print_table(
+        f"{model}: relative change of each latent (row) per relative change of an earlier one (column)",
+        ["latent", *(str(place + 1) for place in range(total))],
+        [[str(place + 1), *row] for place, row in enumerate(cells)],
+    )
     rows = found.questions
     report.print_line(
         f"{len(rows)} questions, {rows['latents'].mean():.2f} latents; dependencies of at least {threshold:g}: "
@@ -115,8 +117,20 @@ def show_schedules(found: Probe, model: str) -> None:
                 "" if np.isnan(explained) else f"{explained:.2f}",
             ]
         )
-    columns = ["guess", "tolerance", "chunk", "sweeps", "conflicts", "commits/sweep", "answers as sequential %"]
-    report.print_table(f"{model}: schedule=speculative", [*columns, "R² of growth"], lines)
+    report.print_table(
+        f"{model}: schedule=speculative",
+        [
+            "guess",
+            "tolerance",
+            "chunk",
+            "sweeps",
+            "conflicts",
+            "commits/sweep",
+            "answers as sequential %",
+            "R² of growth",
+        ],
+        lines,
+    )
 
 
 def recommendation(found: Probe) -> list[str]:

@@ -50,8 +50,12 @@ def main(cfg: DictConfig) -> None:
     request, folder, lines = run_request(merged), output_dir(), []
     if source is None:
         for text in map(str, cfg.question):
-            why = f"is a run's folder; ltts trace run={text} shows its first question, ltts trace ID run={text} one"
-            require("question", text, not (is_path(text) and is_complete(Path(text).expanduser())), why)
+            require(
+                "question",
+                text,
+                not (is_path(text) and is_complete(Path(text).expanduser())),
+                f"is a run's folder; ltts trace run={text} shows its first question, ltts trace ID run={text} one",
+            )
         request = with_texts(request, list(cfg.question))
         if isinstance(request.task, Asked) and not request.task.texts:
             raise UsageError('no question; ltts trace "QUESTION", ltts trace ID run=FOLDER, or ltts trace --example')
@@ -94,8 +98,12 @@ def merged_config(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
         UsageError: a key was given that is the run's.
     """
     for key, value in given_values().items():
-        allowed = f"run={cfg.run} has its own; with run, only these keys can be given: {', '.join(OWN_KEYS)}"
-        require(key, value, key in OWN_KEYS or key.startswith("hydra"), allowed)
+        require(
+            key,
+            value,
+            key in OWN_KEYS or key.startswith("hydra"),
+            f"run={cfg.run} has its own; with run, only these keys can be given: {', '.join(OWN_KEYS)}",
+        )
     merged = recorded_run(record, cfg)
     if is_given("paths.cache"):
         merged.paths.cache = cfg.paths.cache

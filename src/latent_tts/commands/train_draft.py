@@ -27,8 +27,8 @@ def main(cfg: DictConfig) -> None:
         RunError: a failure while training; nothing was written.
     """
     engine = engine_settings(cfg.engine)
-    counts = dict.fromkeys(("updates", "batch", "valid_questions"), "a positive integer")
-    check_fields("", cfg, **counts, lr="a positive number", seed=SEED)
+    count = "a positive integer"
+    check_fields("", cfg, updates=count, batch=count, valid_questions=count, lr="a positive number", seed=SEED)
     sampler, task, adapter = drawing_options(cfg)
     require("model", adapter.name, adapter.own_schedule is None, "has its own sweeps, which take no draft")
     require("model.latents", adapter.latents, adapter.latents >= 2, "must be 2 or more: a draft predicts h_2 and later")
@@ -59,7 +59,9 @@ def main(cfg: DictConfig) -> None:
         errors = relative_errors(head, thinker, valid)
         with whole_file(output / FILE) as path:
             save_draft(head, path, DraftRecord(adapter.digest, adapter.latents, loaded.width))
-    title = f"{adapter.name}, {len(valid)} questions: relative RMS error of each predicted latent"
-    columns = ["latent", *(str(place) for place in range(2, adapter.latents + 1))]
-    report.print_table(title, columns, [["error", *("" if math.isnan(error) else f"{error:.2f}" for error in errors)]])
+    report.print_table(
+        f"{adapter.name}, {len(valid)} questions: relative RMS error of each predicted latent",
+        ["latent", *(str(place) for place in range(2, adapter.latents + 1))],
+        [["error", *("" if math.isnan(error) else f"{error:.2f}" for error in errors)]],
+    )
     print(output / FILE)

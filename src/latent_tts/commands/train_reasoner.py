@@ -53,8 +53,12 @@ def train(cfg: DictConfig) -> None:
         "needs optimization.minutes: it bounds runs by the clock",
     )
     if adapter.family == "CoLaR":
-        why = "must be null for CoLaR, whose exact match is drawn by the engine anyway"
-        require("validation.every", validation.every, validation.every is None, why)
+        require(
+            "validation.every",
+            validation.every,
+            validation.every is None,
+            "must be null for CoLaR, whose exact match is drawn by the engine anyway",
+        )
     step_results = getattr(recipe, "step_loss", 0) > 0
     questions = training_questions(task, valid_questions=cfg.valid_questions, seed=cfg.seed, step_results=step_results)
     if cfg.init_vocabulary == "used":
@@ -64,9 +68,8 @@ def train(cfg: DictConfig) -> None:
     backbone = config.build("backbone", cfg.backbone)
     from latent_tts.training.reasoner.train import Start, train_reasoner
 
-    start = backbone
-    if source is not None:
-        start = Start(joining.lasting_name(str(cfg.init)), source, cfg.init_vocabulary == "used")
+    used = cfg.init_vocabulary == "used"
+    start = backbone if source is None else Start(joining.lasting_name(str(cfg.init)), source, used)
     with (
         report.progress_bar(recipe.updates, "updates") as bar,
         computing("training", f"the states in {output / STATES} are kept"),
@@ -116,12 +119,17 @@ def check_start(cfg: DictConfig, task: Task, lora: Lora) -> None:
         UsageError: something is.
     """
     if cfg.init:
-        why = f"init={cfg.init} brings its own shape and weights; no backbone is made"
         for key, value in config.given_values().items():
-            require(key, value, not key.startswith("backbone."), why)
+            require(
+                key,
+                value,
+                not key.startswith("backbone."),
+                f"init={cfg.init} brings its own shape and weights; no backbone is made",
+            )
         return
-    why = "must be arith without init=: a new backbone knows only its words"
-    require("task", task.name, isinstance(task, Arith), why)
+    require(
+        "task", task.name, isinstance(task, Arith), "must be arith without init=: a new backbone knows only its words"
+    )
     require("lora.rank", lora.rank, lora.rank is None, "must be null without init=: a new backbone has no base")
     require("init_vocabulary", cfg.init_vocabulary, cfg.init_vocabulary == "all", "must be all without init=")
 
@@ -138,6 +146,10 @@ def build_recipe(cfg: DictConfig, output: Path) -> tuple[Any, Any]:
     name = type(recipe).__name__.lower()
     require("recipe", name, recipe.updates >= 1, "must have at least one update")
     adapter = config.build("model", OmegaConf.merge(cfg.model, {"checkpoint": str(output / "initial")}))
-    why = f"it trains {recipe.family} reasoners, and model={adapter.name} reads {adapter.family} checkpoints"
-    require("recipe", name, recipe.family == adapter.family, why)
+    require(
+        "recipe",
+        name,
+        recipe.family == adapter.family,
+        f"it trains {recipe.family} reasoners, and model={adapter.name} reads {adapter.family} checkpoints",
+    )
     return recipe, adapter

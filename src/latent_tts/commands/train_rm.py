@@ -52,15 +52,26 @@ def train(cfg: DictConfig) -> None:
     optimization: RewardOptimization = config.build("optimization", cfg.optimization)
     lora = config.build("lora", cfg.lora)
     if lora.rank is not None:
-        why = "must be reasoner with lora.rank: an adapter shares the reasoner's weights"
-        require("init", cfg.init, cfg.init == "reasoner", why)
+        require(
+            "init",
+            cfg.init,
+            cfg.init == "reasoner",
+            "must be reasoner with lora.rank: an adapter shares the reasoner's weights",
+        )
         require("lora.dropout", lora.dropout, lora.dropout == 0, "must be 0: a LatentRM is trained without dropout")
     adapter: CheckpointAdapter = config.build("model", cfg.model)
     adapter.check()
     keys = ("annotations", "valid_annotations")
     of_model = model_key(adapter)
     named = {name: of_model[name] for name in ("latents", "eos", "prompt")} | of_model["fields"]
-    data, valid = (open_questions(annotation_folder(cfg, key), adapter, named, key) for key in keys)
+    data, valid = (
+        # without a folder the default questions, annotated now
+        open_questions(
+            annotate(default_annotation_spec(cfg, key)) if cfg[key] is None else Path(cfg[key]).expanduser(),
+            adapter, named, key,
+        )
+        for key in keys
+    )  # fmt: skip
     log_once_per_launch()  # from here on: while the first process annotates, the others say that they wait
     annotated = annotated_run(cfg, valid.folder)
     settings = plain(cfg)
@@ -101,13 +112,6 @@ def train(cfg: DictConfig) -> None:
     if results:  # in the first process of a launch
         show(results)
         print(output / FINISHED)
-
-
-def annotation_folder(cfg: DictConfig, key: str) -> Path:
-    """The folder named by `annotations` or `valid_annotations`; without one the default questions, annotated now."""
-    if cfg[key] is not None:
-        return Path(cfg[key]).expanduser()
-    return annotate(default_annotation_spec(cfg, key))
 
 
 def set_temperature(run: DictConfig, checkpoint: Path, ids: Collection[str]) -> float:

@@ -32,7 +32,7 @@ def main(cfg: DictConfig) -> None:
     engine, dtypes = engine_settings(cfg.engine), check_values(cfg)
     sampler, task, adapter = drawing_options(cfg)
     prompts = encode_prompts(adapter, task.questions(), reserved_positions(adapter, cfg.max_answer_tokens))
-    path = writable(output_path(cfg.output))
+    path = writable_path(cfg.output)
     from latent_tts.pipeline.engine_tuning import measure
 
     measurements = measure(
@@ -40,21 +40,23 @@ def main(cfg: DictConfig) -> None:
         n=cfg.n, seed=cfg.seed, max_answer_tokens=cfg.max_answer_tokens, seconds=cfg.seconds,
     )  # fmt: skip
     best = max(measurements, key=lambda measured: measured.rate)
-    first = measurements[0].dtype
     lines = [[m.dtype, m.rows, f"{m.rate:.0f}", f"{m.rate / best.rate:.2f}", f"{m.same:.1%}"] for m in measurements]
-    columns = ["engine.dtype", "engine.rows", "rollouts/s", "of the best", f"answers as in {first}"]
-    report.print_table(f"{adapter.name}, sampler {sampler.name}, n={cfg.n}", columns, lines)
+    report.print_table(
+        f"{adapter.name}, sampler {sampler.name}, n={cfg.n}",
+        ["engine.dtype", "engine.rows", "rollouts/s", "of the best", f"answers as in {measurements[0].dtype}"],
+        lines,
+    )
     if best.dtype != engine.dtype:
         log.warning(
             "engine=tuned uses engine.dtype=%s instead of %s: with the same random numbers, rounding changed %.1f %% "
             "of the answers measured here; `ltts tune dtypes=[%s]` keeps the dtype",
             best.dtype, engine.dtype, 100 * (1 - best.same), engine.dtype,
         )  # fmt: skip
-    measured = f"{best.rate:.0f} rollouts/s with model {adapter.name}, sampler {sampler.name}, n={cfg.n}"
     machine = environment.machine()
     write_text(
         path,
-        f"# by `ltts tune` on {date.today()}, {machine.get('gpu', machine['processor'])}: {measured}\n"
+        f"# by `ltts tune` on {date.today()}, {machine.get('gpu', machine['processor'])}: "
+        f"{best.rate:.0f} rollouts/s with model {adapter.name}, sampler {sampler.name}, n={cfg.n}\n"
         "defaults: [default, _self_]\n"
         f"dtype: {best.dtype}\ndevice: {engine.device}\nrows: {best.rows}\nquantize: {engine.quantize or 'null'}\n"
         f'graph: "{engine.graph}"\n',
@@ -77,26 +79,17 @@ def check_values(cfg: DictConfig) -> Sequence[str]:
     return dtypes
 
 
-def output_path(output: str | None) -> Path:
-    """The file to write.
+def writable_path(output: str | None) -> Path:
+    """The file to write, once it is known that it can be written: measuring takes minutes.
 
     Raises:
-        UsageError: none is named, and this user has no home folder.
+        UsageError: it cannot, or none is named and this user has no home folder.
     """
-    if output:
-        return Path(output).expanduser()
     folder = user_conf_dir()
-    if folder is None:
+    default = folder and folder / "engine" / "tuned.yaml"
+    path = Path(output).expanduser() if output else default
+    if path is None:
         raise bad_value("output", None, "this user has no home folder; name the YAML file to write")
-    return folder / "engine" / "tuned.yaml"
-
-
-def writable(path: Path) -> Path:
-    """The path, once it is known that a file can be written there: measuring takes minutes.
-
-    Raises:
-        UsageError: it cannot.
-    """
     require("output", path, not path.is_dir(), "must be the path of a YAML file, this is a folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -97,7 +97,10 @@ def build(group: str, node: Any) -> Any:
         if cause is not None:
             raise _with_typed_number(cause) from None
         if isinstance(error.__cause__, TypeError):
-            _refuse_unknown_arguments(group, node)
+            known = list(inspect.signature(get_object(node[TARGET])).parameters)
+            for key in map(str, node):
+                if key not in known and not (key.startswith("_") and key.endswith("_")):  # those are Hydra's
+                    raise unknown_key(f"{group}.{key}", known) from None
         reason = " ".join(str(error.__cause__ or error).split())[:200].rstrip(":")
         if isinstance(error.__cause__, AttributeError | TypeError | ValueError | KeyError):
             reason = f"a value is of a wrong type ({reason})"
@@ -113,13 +116,6 @@ def _with_typed_number(error: LatentTTSError) -> LatentTTSError:
         if ast.literal_eval(typed) == ast.literal_eval(shown):
             return type(error)(f"{key}={typed}: {why}")
     return error
-
-
-def _refuse_unknown_arguments(group: str, node: DictConfig) -> None:
-    known = list(inspect.signature(get_object(node[TARGET])).parameters)
-    for key in map(str, node):
-        if key not in known and not (key.startswith("_") and key.endswith("_")):  # those are Hydra's
-            raise unknown_key(f"{group}.{key}", known)
 
 
 def refuse_unknown_keys(cfg: DictConfig, prefix: str = "") -> None:
@@ -197,34 +193,30 @@ def name_after_checkpoint(cfg: DictConfig) -> None:
 
 def spell_numbers_alike(cfg: DictConfig) -> None:
     """Make integers floats where an option takes floats: 1 and 1.0 are one setting, one curve, one cache entry."""
-    try:
-        values = OmegaConf.to_container(cfg, resolve=True)
-    except OmegaConfBaseException:  # the command says so where it reads that value
+    with suppress(OmegaConfBaseException):  # the command says so where it reads that value
+        values: Any = OmegaConf.to_container(cfg, resolve=True)
+        for group in IN_CURVES & values.keys():
+            _spell_floats(cfg, group, values[group])
+
+
+def _spell_floats(cfg: DictConfig, place: str, node: Any) -> None:
+    """The same for a node of a config and those in it."""
+    if not isinstance(node, dict):
         return
-
-    def walk(place: str, node: Any) -> None:
-        if not isinstance(node, dict):
-            return
-        for key, value in node.items():
-            walk(f"{place}{key}.", value)
-        for name in node.keys() & _float_keys(place, node):
-            value = _as_floats(node[name])
-            if repr(value) != repr(node[name]):
-                OmegaConf.update(cfg, f"{place}{name}", value)
-
-    assert isinstance(values, dict)
-    for group in IN_CURVES & values.keys():
-        walk(f"{group}.", values[group])
+    # the values that models recommend are those of samplers
+    names = {"sigma", "rate"} if place == "model.recommended" else _float_parameters(node.get(TARGET))
+    for key, value in node.items():
+        _spell_floats(cfg, f"{place}.{key}", value)
+        if key in names and repr(_as_floats(value)) != repr(value):
+            OmegaConf.update(cfg, f"{place}.{key}", _as_floats(value))
 
 
-def _float_keys(place: str, node: Mapping[str, Any]) -> set[str]:
-    """The keys of a node that an option takes floats for."""
-    if place == "model.recommended.":
-        return {"sigma", "rate"}  # of samplers
-    if not isinstance(node.get(TARGET), str):
+def _float_parameters(target: Any) -> set[str]:
+    """The parameters of an option's object that take floats."""
+    if not isinstance(target, str):
         return set()
     try:
-        parameters = inspect.signature(get_object(node[TARGET])).parameters
+        parameters = inspect.signature(get_object(target)).parameters
     except Exception:  # whatever its module raises; building the option says so
         return set()
     kinds = {name: set(re.findall(r"\w+", str(parameter.annotation))) for name, parameter in parameters.items()}
@@ -250,9 +242,8 @@ def is_given(group: str) -> bool:
 
 def is_default(group: str, cfg: DictConfig) -> bool:
     """Whether neither the command line nor an experiment chose the options of a group of several."""
-    if is_given(group):
-        return False
-    return set(read_command(str(HydraConfig.get().job.config_name)).groups.get(group, ())) == set(cfg[group])
+    usual = read_command(str(HydraConfig.get().job.config_name)).groups
+    return not is_given(group) and set(usual.get(group, ())) == set(cfg[group])
 
 
 def _flat(cfg: DictConfig) -> dict[str, Any]:

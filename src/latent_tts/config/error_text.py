@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
 from latent_tts.errors import LatentTTSError, closest, did_you_mean, printable, unknown_key
@@ -76,13 +75,12 @@ def _describe_config(error: Exception) -> list[str]:
     from hydra.errors import HydraException, MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
-    from latent_tts.config.meant import quoted_override, takes_list
-    from latent_tts.config.reference import conf_dir
+    from latent_tts.config.meant import quoted_override
+    from latent_tts.config.reference import command_files, conf_dirs, option_names, read_command
 
     if isinstance(error, MissingConfigException):
         group, _, option = str(error.missing_cfg_file).rpartition("/")
-        own = [path.stem for path in (Path(conf_dir()) / group).glob("*.yaml")]
-        options = sorted({*own, *(error.options or ())})  # Hydra's own list also has those of other packages
+        options = sorted(error.options or (option_names(group, conf_dirs()) if group else command_files()))
         hint = ["`ltts tune` makes it"] if (group, option) == ("engine", "tuned") else []
         if not group:
             return [f"--config-name {option}: no such config; one of {', '.join(options)}"]
@@ -95,8 +93,10 @@ def _describe_config(error: Exception) -> list[str]:
     if ambiguous := re.match(r"Ambiguous value for argument '(.+?)'\n", str(error), re.S):
         key, _, value = ambiguous[1].partition("=")
         several = f"{ambiguous[1]}: several values; -m runs a job for each"
-        command = sys.argv[0].partition(" ")[2].replace("-", "_")
-        return [several + (f", {key}=[{value}] is a list" if takes_list(command, key) else "")]
+        known = read_command(sys.argv[0].partition(" ")[2].replace("-", "_"))
+        kind = next((each.kind for each in known.keys if each.name == key), "list")
+        takes_list = key in known.lists or (key not in known.groups and "list" in kind)
+        return [several + (f", {key}=[{value}] is a list" if takes_list else "")]
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
     if isinstance(cause, OmegaConfBaseException):
         lines, file = _describe_omegaconf(error, cause), re.match(r"In '(.+?)': ", str(error))

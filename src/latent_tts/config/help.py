@@ -100,7 +100,7 @@ def run(
     elif not asked or asked[0] in ("-h", "--help"):
         print(usage(commands))
     elif asked[0] in commands:
-        print(help_of(asked[0], asked[1:], commands))
+        print(command_help(asked[0], asked[1:], commands))
     elif name != "help":
         known = [*commands, *ABOUT_COMMANDS]
         raise UsageError(
@@ -108,19 +108,10 @@ def run(
             "run `ltts --help` for a description of each"
         )
     elif group := PLURALS.get(asked[0]) or next((each for each in GROUPS if f"/{each}".endswith(f"/{asked[0]}")), None):
-        print(group_help(group, conf_dirs(), terminal_width()))
+        title, width = f"{group}: {GROUPS.get(group, '')}".rstrip(": "), terminal_width()
+        print(_join([title, *_described_options(group, conf_dirs(), width, indent=2)], width))
     else:
         print(key_help(asked[0], commands, conf_dirs(), terminal_width()))
-
-
-def help_of(name: str, arguments: Sequence[str], commands: Commands) -> str:
-    """The help of a command with keys, as `ltts NAME ARGUMENTS... --help` shows it."""
-    folders = [
-        *(after for word, after in pairwise(arguments) if word in FOLDER_FLAGS),
-        *(word.partition("=")[2] for word in arguments if word.startswith("--config-dir=")),
-    ]
-    overrides = [word for word in arguments if "=" in word and not word.startswith("-")]
-    return command_help(name, *commands[name], overrides, conf_dirs(folders), terminal_width())
 
 
 def _completion(
@@ -155,24 +146,31 @@ def definitions(rows: Iterable[tuple[str, str]], width: int, indent: int = 2, lo
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
-def command_help(name: str, about: str, positional: Sequence[str], overrides: Sequence[str], places: Sequence[Path],
-                 width: int) -> str:  # fmt: skip
-    """The help of a command.
+def command_help(name: str, arguments: Sequence[str], commands: Commands) -> str:
+    """The help of a command with keys.
 
     Args:
         name: of the command, as in `train-rm`.
-        about: what it does.
-        positional: its positional arguments, as in `cli.COMMANDS`.
-        overrides: the arguments beside `--help`: options in them are shown with their keys.
-        places: folders with options, see `reference.conf_dirs`.
-        width: of the text, in characters.
+        arguments: those beside `--help`: options in them are shown with their keys.
+        commands: what each does, and its positional arguments.
     """
-    command_file = name.replace("-", "_")
-    command, width = read_command(command_file), max(50, width)
-    arguments = [_positional(argument) for argument in positional]
+    about, positional = commands[name]
+    folders = [
+        *(after for word, after in pairwise(arguments) if word in FOLDER_FLAGS),
+        *(word.partition("=")[2] for word in arguments if word.startswith("--config-dir=")),
+    ]
+    overrides = [word for word in arguments if "=" in word and not word.startswith("-")]
+    places, width, command_file = conf_dirs(folders), max(50, terminal_width()), name.replace("-", "_")
+    command = read_command(command_file)
     groups = {group: options_of(command_file, group, places) for group in command.groups}
     groups = {group: options for group, options in groups.items() if options and group != "local"}
-    usage = ["usage: ltts", name, *arguments, "[KEY=VALUE ...]", *["[GROUP=OPTION ...] [-m]"] * bool(groups)]
+    usage = [
+        "usage: ltts",
+        name,
+        *map(_positional, positional),
+        "[KEY=VALUE ...]",
+        *["[GROUP=OPTION ...] [-m]"] * bool(groups),
+    ]
     parts = [" ".join(usage), f"{about[0].upper()}{about[1:]}."]
     for is_example, lines in groupby(filter(None, command.examples), lambda line: line.startswith("  ")):
         if is_example:
@@ -199,13 +197,6 @@ def command_help(name: str, about: str, positional: Sequence[str], overrides: Se
             parts.append("\n".join([f"  {nested}, where the option above has one:", *described]))
     flags = [row for row in FLAGS_TEXT if groups or row[0] not in ("-m, --multirun", "--config-dir FOLDER")]
     return _join([*parts, "Flags:", definitions(flags, width)], width)
-
-
-def group_help(group: str, places: Sequence[Path], width: int) -> str:
-    """The options of a group with all their keys."""
-    return _join(
-        [f"{group}: {GROUPS.get(group, '')}".rstrip(": "), *_described_options(group, places, width, 2)], width
-    )
 
 
 def key_help(name: str, commands: Iterable[str], places: Sequence[Path], width: int) -> str:

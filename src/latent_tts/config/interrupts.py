@@ -19,8 +19,7 @@ class Interrupts:
         pending: whether Ctrl-C was pressed and no import has followed.
     """
 
-    def __init__(self) -> None:
-        self.pending = False
+    pending = False
 
     def install(self) -> None:
         """Handle Ctrl-C, unless it is ignored, as in background jobs of a shell."""

@@ -14,7 +14,6 @@ from hydra._internal import hydra as internal
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobRuntime
 from hydra.plugins.config_source import ConfigSource
 from hydra.types import RunMode
@@ -22,7 +21,7 @@ from omegaconf import DictConfig, open_dict
 
 from latent_tts.config.reference import conf_dir
 
-MAX_COMPOSED = 256  # of 20 KB each
+MAX_COMPOSED = 64  # of 150 KB each
 _composed: dict[tuple[object, ...], DictConfig] = {}
 
 
@@ -49,7 +48,8 @@ class Loader(ConfigLoaderImpl):
         if validate_sweep_overrides:
             self.validate_sweep_overrides_legal(parsed, run_mode, from_shell)
         own = [each for each in parsed if not each.is_sweep_override()]
-        options = [each for each in own if self._is_option(each)]
+        groups = [each for each in own if self.repository.group_exists(each.key_or_group)]
+        options = [each for each in groups if not isinstance(each.value(), dict)]
         chosen = [str(each.input_line) for each in options]
         key = (config_name, JobRuntime().get("name"), version.getbase(), *filter(None, stamps), *chosen)
         if key not in _composed:
@@ -67,9 +67,6 @@ class Loader(ConfigLoaderImpl):
         cfg.hydra.runtime.cwd = os.getcwd()
         cfg.hydra.job.override_dirname = get_overrides_dirname(of_task, **cfg.hydra.job.config.override_dirname)
         return cfg
-
-    def _is_option(self, override: Override) -> bool:
-        return self.repository.group_exists(override.key_or_group) and not isinstance(override.value(), dict)
 
 
 def _stamps(source: ConfigSource) -> tuple[object, ...] | None:

@@ -149,21 +149,18 @@ def check_choices(command: str, arguments: Sequence[str]) -> None:
             is_settings = not many and (value is None or (isinstance(value, dict) and key not in nested))
             found = [each for each in value if each in options] if isinstance(value, list) else []
             sweep = f"; -m {key}={','.join(found)} runs a job for each" if len(found) > 1 else ""
-            allowed = f"must be {'a list' if many else 'one'} of {', '.join(options)}{sweep}"
-            require(key, text, isinstance(value, str) or is_names or is_settings, allowed)
+            require(
+                key,
+                text,
+                isinstance(value, str) or is_names or is_settings,
+                f"must be {'a list' if many else 'one'} of {', '.join(options)}{sweep}",
+            )
         if key in nested:
             group, able = nested[key], options_with_nested(key, places)
             chosen = chosen_options(command, arguments, places)[group]
             if chosen and not set(chosen) & set(able):
                 choose = " or ".join(f"{group}={option}" for option in able)
                 raise bad_value(key, text, f"{group}={chosen[0]} has no {key.rpartition('/')[2]}; choose {choose}")
-
-
-def takes_list(command: str, key: str) -> bool:
-    """Whether a key can have a list: no group of which one option is chosen, and no key of another kind."""
-    known = read_command(command)
-    kind = next((each.kind for each in known.keys if each.name == key), "list")
-    return key in known.lists or (key not in known.groups and "list" in kind)
 
 
 def _values(argument: str) -> Iterator[Any]:

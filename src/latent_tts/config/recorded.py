@@ -129,12 +129,9 @@ def _parts(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 def _targets_of(group: str) -> frozenset[str]:
     """What the YAML files of this command's config folders name: in the package's own, the files of the group alone."""
-    found: set[str] = set()
-    for source in GlobalHydra.instance().config_loader().get_sources():
-        if source.provider in ("hydra", "schema"):
-            continue
-        found |= _own_targets(group) if source.path == conf_dir() else set(_targets_of_source(source))
-    return frozenset(found)
+    sources = GlobalHydra.instance().config_loader().get_sources()
+    others = [each for each in sources if each.provider not in ("hydra", "schema") and each.path != conf_dir()]
+    return _own_targets(group).union(*map(_targets_of_source, others))
 
 
 @cache

@@ -80,12 +80,11 @@ class Option:
     """An option of a group.
 
     Attributes:
-        group, name: as in `group=name`.
+        name: as in `group=name`.
         about: its file's first comment; may be empty.
         keys: what can be set in it.
     """
 
-    group: str
     name: str
     about: str
     keys: tuple[Key, ...]
@@ -201,7 +200,7 @@ def read_option(group: str, name: str, places: Sequence[Path]) -> Option:
     keys: tuple[Key, ...] = ()
     with suppress(yaml.YAMLError):  # composing it says what is wrong
         keys = tuple(_keys(yaml.compose(text, YAML), text, prefix, nested=is_global))
-    return Option(group, name, next(iter(_top_comment(text)), ""), keys)
+    return Option(name, next(iter(_top_comment(text)), ""), keys)
 
 
 def option_keys(groups: Iterable[str], places: Sequence[Path]) -> Iterator[tuple[Key, str]]:

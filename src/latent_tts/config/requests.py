@@ -6,7 +6,7 @@ import logging
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import get_class
@@ -37,8 +37,12 @@ def run_request(cfg: DictConfig) -> RunRequest:
     Raises:
         UsageError: an option refuses a value.
     """
-    allowed = "must be options of the group, as in aggregator=[majority]"
-    require("aggregator", cfg.aggregator, OmegaConf.is_dict(cfg.aggregator), allowed)
+    require(
+        "aggregator",
+        cfg.aggregator,
+        OmegaConf.is_dict(cfg.aggregator),
+        "must be options of the group, as in aggregator=[majority]",
+    )
     require("paths.cache", cfg.paths.cache, cfg.paths.cache != "", "must be a folder")
     require("cache", cfg.cache, cfg.cache in MODES, 'must be on, refresh or off (in YAML in quotes: "on", "off")')
     chosen = {key for key in ("schedule", "budget", "scorer.checkpoint") if is_given(key)}
@@ -74,13 +78,12 @@ def with_texts(request: RunRequest, texts: list[str]) -> RunRequest:
     """
     if not texts:
         return request
-    asked, why = request.task, "the chosen task has questions of its own; leave one out"
-    require("question", ",".join(texts), isinstance(asked, Asked), why)
+    if not isinstance(request.task, Asked):
+        raise bad_value("question", ",".join(texts), "the chosen task has questions of its own; leave one out")
     for text in texts:
         require("question", repr(text), bool(text.strip()), "is empty; ask something")
-    assert isinstance(asked, Asked)
     config = {**request.config, "task": {**request.config["task"], "texts": texts}}
-    return replace(request, task=replace(asked, texts=texts), config=config)
+    return replace(request, task=replace(request.task, texts=texts), config=config)
 
 
 def drawing_options(cfg: DictConfig) -> tuple[Sampler, Task, CheckpointAdapter]:
@@ -183,14 +186,18 @@ def beside_option(cfg: DictConfig, beside: str | None, own: Sampler) -> tuple[Sa
     """
     if beside is None:
         return None
-    name, colon, value = ("dropout" if own.name == "gaussian" else "gaussian", "", "")
-    if beside != "auto":
-        name, colon, value = beside.partition(":")
-    elif ("rate" if name == "dropout" else "sigma") not in (cfg.model.get("recommended") or ()):
-        return None  # the model recommends no strength
+    if beside == "auto":
+        beside, strength = ("dropout", "rate") if own.name == "gaussian" else ("gaussian", "sigma")
+        if strength not in (cfg.model.get("recommended") or ()):
+            return None
+    name, colon, value = beside.partition(":")
     known = GlobalHydra.instance().config_loader().get_group_options("sampler")
-    allowed = f"must be auto, null or a sampler, as in gaussian:0.2; one of {', '.join(known)}"
-    require("beside", beside, name in known, allowed)
+    require(
+        "beside",
+        beside,
+        name in known,
+        f"must be auto, null or a sampler, as in gaussian:0.2; one of {', '.join(known)}",
+    )
     node = OmegaConf.to_container(compose("run", [f"sampler={name}"]).sampler, resolve=False)
     merged: Any = OmegaConf.create({"model": literal(plain(cfg)["model"]), "sampler": node})
     if colon:
@@ -225,5 +232,4 @@ def changed_settings(cfg: DictConfig) -> dict[str, Any]:
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
     """The resolved config as plain values."""
-    values: Any = OmegaConf.to_container(cfg, resolve=True)
-    return values
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))

@@ -68,19 +68,13 @@ class CudaRecorder:
                     failed = error
                     raise
         except Exception as error:
-            _end_allocation(device, self._pool)
+            # where CUDA has broken a recording off, torch leaves open what it allocates from: it would hold the memory
+            # for good, and give nothing back when memory runs out
+            with suppress(RuntimeError):  # closed, where CUDA went on until the recording ended
+                torch._C._cuda_endAllocateToPool(device.index, self._pool)
+                torch._C._cuda_releasePool(device.index, self._pool)
             raise (failed or error) from None
         return graph.replay
-
-
-def _end_allocation(device: torch.device, pool: tuple[int, int]) -> None:
-    """Give up what a recording allocates from, where CUDA has broken it off: torch then leaves that undone.
-
-    It would hold the memory for good, and give nothing back when memory runs out.
-    """
-    with suppress(RuntimeError):  # it was done, where CUDA went on until the recording ended
-        torch._C._cuda_endAllocateToPool(device.index, pool)
-        torch._C._cuda_releasePool(device.index, pool)
 
 
 @cache

@@ -170,7 +170,9 @@ class KeyValueState:
         if self.window > self.capacity:
             raise ValueError(f"{self.used} slots and {tokens} more exceed the capacity of {self.capacity}")
         self.slots_S = torch.arange(self.used, self.window, device=self.lengths_Q.device)
-        self.later_SC = None if tokens == 1 else self._slots_after(self.slots_S)
+        self.later_SC = None
+        if tokens > 1:
+            self.later_SC = torch.arange(self.window, device=self.slots_S.device) > self.slots_S[:, None]
 
     def write_suffix(self, layer: int, key: Tensor, value: Tensor) -> Piece:
         """Add keys and values (R, H, S, K) to a layer's suffixes; returns those of the slots that the pass looks at."""
@@ -204,9 +206,6 @@ class KeyValueState:
         start = len(self.lengths_Q)
         self.lengths_Q = torch.cat([self.lengths_Q, lengths_Q]) if start else lengths_Q
         return slice(start, len(self.lengths_Q))
-
-    def _slots_after(self, slots_S: Tensor) -> Tensor:
-        return torch.arange(self.window, device=slots_S.device) > slots_S[:, None]
 
     def _run_suffix(self, embeddings_RSD: Tensor) -> Tensor:
         """Run tokens in the slots that are set; their positions are counted without gaps."""
@@ -293,7 +292,7 @@ class FixedState(KeyValueState):
             Final hidden states (R, 1, D).
         """
         self.slots_S, self.window = at_1, self.capacity
-        self.later_SC = self._slots_after(at_1)
+        self.later_SC = torch.arange(self.window, device=at_1.device) > at_1[:, None]
         hidden_R1D = self._run_suffix(embeddings_R1D)
         at_1.add_(1)
         return hidden_R1D

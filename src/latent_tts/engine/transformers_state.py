@@ -63,15 +63,14 @@ class TransformersState:
         hidden_QLD = torch.zeros_like(embeddings_QLD)
         for length in lengths_Q.unique().tolist():
             prompts = (lengths_Q == length).nonzero()[:, 0]
-            first = self._rows + prompts * self.rollouts
-            group = _Group(first, DynamicCache(), 0, [])
+            group = _Group(self._rows + prompts * self.rollouts, DynamicCache(), 0, [])
             if length:
                 part = slice(0, length)
                 hidden_QLD[prompts, part] = self._run(group, embeddings_QLD[prompts, part], prompts, part)
                 group.prompt = length
-            numbers = torch.arange(self.rollouts, device=first.device)
-            repeated = group.select(torch.arange(len(prompts), device=first.device).repeat_interleave(self.rollouts))
-            repeated.rows = (first[:, None] + numbers).flatten()
+            places = torch.arange(len(prompts), device=prompts.device).repeat_interleave(self.rollouts)
+            repeated = group.select(places)
+            repeated.rows += torch.arange(self.rollouts, device=prompts.device).repeat(len(prompts))
             self._groups.append(repeated)
         self._rows += embeddings_QLD.shape[0] * self.rollouts
         return hidden_QLD
@@ -133,7 +132,7 @@ class TransformersState:
             self._before_part(rows, tokens)
         positions = {}
         if self._position_offset_R is not None:
-            start = group.length
+            start = group.prompt + sum(group.holds)
             new = torch.arange(start, start + embeddings.shape[1], device=embeddings.device)
             positions = {"position_ids": self._position_offset_R[group.rows, None] + new}
         return self._backbone(
@@ -154,11 +153,6 @@ class _Group:
 
     def __init__(self, rows: Tensor, cache: DynamicCache, prompt: int, holds: list[bool]) -> None:
         self.rows, self.cache, self.prompt, self.holds = rows, cache, prompt, holds
-
-    @property
-    def length(self) -> int:
-        """Tokens so far."""
-        return self.prompt + sum(self.holds)
 
     def select(self, places: Tensor) -> _Group:
         """A group of its own with some of the rows; a row may come several times."""

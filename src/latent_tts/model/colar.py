@@ -60,8 +60,12 @@ class Colar(CheckpointAdapter):
     def latent_std(self) -> float:
         """The standard deviation of the backbone's token embeddings, by which the head's output is multiplied."""
         std: Any = self.config.get("latent_embedding_std")
-        why = f"config.json has latent_embedding_std={std}; it must be a positive number"
-        require("model.checkpoint", self.folder, is_number(std) and std > 0, why)
+        require(
+            "model.checkpoint",
+            self.folder,
+            is_number(std) and std > 0,
+            f"config.json has latent_embedding_std={std}; it must be a positive number",
+        )
         return float(std)
 
     def check_tokens(self) -> None:

@@ -271,6 +271,8 @@ class Drawer:
         require("schedule", "auto", spec.planned_on in (None, kind), allowed)
         if spec.guided:
             refuse_graphs(spec.engine, f"search={spec.search.name} forks its rollouts")
+        if spec.sampler.needs_donor:
+            refuse_graphs(spec.engine, f"sampler={spec.sampler.name} reads latents of another question")
         if not spec.schedule.stepwise or spec.schedule.exit is not None:
             refuse_graphs(spec.engine, f"schedule={spec.schedule.name} decides on the way what it computes")
         self.own_prompt = "prompt" in spec.sampler.random_phases
@@ -323,14 +325,12 @@ class Drawer:
         Raises:
             RunError: latents, log-probabilities or scores are not finite.
         """
-        part = partial(self._part, shard=shard)
-        parts = list(compute_in_batches(shard.jobs, part, self.batches, self._halve, self.device))
+        make = partial(self._part, shard=shard)
+        parts = list(compute_in_batches(shard.jobs, make, self.batches, self._halve, self.device))
         if not self.spec.executor.in_process:
             parts = [part if part.make_table is None else part.with_table(part.make_table()) for part in parts]
-        found = {}
-        if shard.sums:
-            found = sums_of((job for job in shard.jobs if job.row_key not in shard.early), self._directions)
-        sums = {key: (count, sums_TD.cpu()) for key, (count, sums_TD) in found.items()}
+        compared = [job for job in shard.jobs if shard.sums and job.row_key not in shard.early]
+        sums = {key: (count, sums_TD.cpu()) for key, (count, sums_TD) in sums_of(compared, self._directions).items()}
         return Computed(parts, sums, {} if self._max_bytes is None else {self.memory: self._max_bytes})
 
     def batches(self, jobs: Sequence[RolloutJob]) -> Iterator[list[RolloutJob]]:
@@ -386,9 +386,8 @@ class Drawer:
         rollouts.latents_RTD = latents_RTD.new_empty(0)  # the table does not hold them
         scored = self.scorer.score(batch, latents_RTD, rollouts.steps_R) if request.scored else {}
         early = shard.early.intersection(job.row_key for job in batch)
-        compared_RT = torch.zeros(latents_RTD.shape[:2])
-        if request.compares:
-            self._compare(batch, latents_RTD, early, compared_RT)
+        compared = [place for place, job in enumerate(batch) if request.compares and job.row_key not in early]
+        compared_RT = self._compare(batch, compared, latents_RTD)
 
         def table() -> pa.Table:
             columns = answer_columns(rollouts, answers=request.answers) | measured
@@ -425,16 +424,14 @@ class Drawer:
         for earlier in self.batches(find_uncompared(batch, self._directions)):
             self._add(earlier, self.roll(earlier, answers=False).latents_RTD, kept)
 
-    def _compare(
-        self, batch: list[RolloutJob], latents_RTD: Tensor, early: frozenset[str], compared_RT: Tensor
-    ) -> None:
-        """Set how far rollouts are from those before them, see `DirectionSums.add`; not those of early questions."""
-        places = [place for place, job in enumerate(batch) if job.row_key not in early]
-        if not places:
-            return
-        jobs = [batch[place] for place in places]
-        rows_R = torch.arange(len(latents_RTD)).view(len(batch), -1)[places].flatten()
-        compared_RT[rows_R] = self._add(jobs, latents_RTD[rows_R.to(latents_RTD.device)])
+    def _compare(self, batch: list[RolloutJob], places: list[int], latents_RTD: Tensor) -> Tensor:
+        """How far the rollouts of the jobs at some places are from those before, see `DirectionSums.add`; else 0."""
+        compared_RT = torch.zeros(latents_RTD.shape[:2])
+        if places:
+            rows_R = torch.arange(len(latents_RTD)).view(len(batch), -1)[places].flatten()
+            jobs = [batch[place] for place in places]
+            compared_RT[rows_R] = self._add(jobs, latents_RTD[rows_R.to(latents_RTD.device)])
+        return compared_RT
 
     def _add(self, batch: Sequence[RolloutJob], latents_RTD: Tensor, kept: Collection[str] = ()) -> Tensor:
         first = [job.rollouts[0] for job in batch]

@@ -328,8 +328,6 @@ def _draw_panel(
     against: str,
 ) -> None:
     """Draw the lines of a metric and its aggregators, with the intervals of the first aggregator."""
-    from matplotlib.transforms import ScaledTranslation
-
     metric, aggregators = panel
     part = part[part["metric"] == metric]
     axis.set_ylabel(f"{metric} ({aggregators[0]})" if metric == "accuracy" and len(aggregators) == 1 else metric)
@@ -353,17 +351,8 @@ def _draw_panel(
             place = beside.index(label) * per_curve + index + 1  # right of the end of a curve
             if single[label]:  # around a point
                 place -= (bars + 1) / 2
-            step = min(MAX_STEP, MAX_BARS_WIDTH / bars) / 72  # inches
-            end = line.tail(1)
-            # matplotlib leaves what is moved out of the limits
-            axis.update_datalim([(x, y) for x, *ys in end[["x", "value", "ci_low", "ci_high"]].to_numpy() for y in ys])
             look: Look = style if single[label] else style | {"marker": ""}
-            reach = np.abs(end[["ci_low", "ci_high"]].to_numpy().T - end["value"].to_numpy())
-            axis.errorbar(
-                end["x"], end["value"], reach, capsize=2, elinewidth=0.9,
-                **look,
-                transform=axis.transData + ScaledTranslation(place * step, 0, axis.figure.dpi_scale_trans),
-            )  # fmt: skip
+            _draw_bar(axis, line.tail(1), look, place * min(MAX_STEP, MAX_BARS_WIDTH / bars))
         elif index == 0:
             alpha = 0.15 if len(labels) <= 2 else 0.1
             axis.fill_between(
@@ -373,6 +362,17 @@ def _draw_panel(
             _write_values(axis, line, style["color"], below=labels.index(label) % 2 == 1)
     axis.margins(x=0.12 if crowded else 0.05)
     _set_ticks(axis, part, against, margin=0.12 if crowded else 0.02)
+
+
+def _draw_bar(axis: Axes, end: pd.DataFrame, look: Look, shift: float) -> None:
+    """Draw the interval of one row, so many points beside its place."""
+    from matplotlib.transforms import ScaledTranslation
+
+    # matplotlib leaves what is moved out of the limits
+    axis.update_datalim([(x, y) for x, *ys in end[["x", "value", "ci_low", "ci_high"]].to_numpy() for y in ys])
+    reach = np.abs(end[["ci_low", "ci_high"]].to_numpy().T - end["value"].to_numpy())
+    moved = axis.transData + ScaledTranslation(shift / 72, 0, axis.figure.dpi_scale_trans)
+    axis.errorbar(end["x"], end["value"], reach, capsize=2, elinewidth=0.9, transform=moved, **look)
 
 
 def _write_values(axis: Axes, line: pd.DataFrame, color: Any, *, below: bool) -> None:

@@ -86,7 +86,8 @@ def _accuracies(aggregator: Aggregator, rollouts: RolloutArrays, correct_QD: Boo
     right_BQ, count_B1 = np.zeros((len(budgets), questions)), np.zeros((len(budgets), 1))
     for place, members_SN in _all_subsets(drawn, budgets):
         count_B1[place] += len(members_SN)
-        step = max(1, MAX_CELLS // (questions * max(members_SN.shape[1], width)))
+        n = members_SN.shape[1]
+        step = max(1, MAX_CELLS // (questions * (max(n, width) if n > 1 else 1)))
         for start in range(0, len(members_SN), step):
             pick_QS = pick(members_SN[start : start + step])
             right_QS = np.take_along_axis(correct_QD, np.maximum(pick_QS, 0), axis=1)
@@ -102,7 +103,6 @@ def agreement(prediction_QD: NDArray[np.int64], n: int) -> Floats:
         n: rollouts of a subset, at most D.
     """
     drawn = prediction_QD.shape[1]
-    _check_budget(drawn, n)
     pieces = list(subsets(drawn, n))
     shares = np.empty(len(prediction_QD))
     for question, row_D in enumerate(prediction_QD):
@@ -233,6 +233,8 @@ def _votes(rule: Vote, rollouts: RolloutArrays) -> tuple[Int64, Floats, Int64]:
 
 def _elect(column_DQ: Int64, log_weight_DQ: Floats, width_Q: Int64, members_SN: Int64) -> Int64:
     """The picks (Q, S) of votes among the members of each subset, -1 for none; see `_votes`."""
+    if members_SN.shape[1] == 1:  # many subsets, for which a table would be large
+        return np.where(np.isfinite(log_weight_DQ[members_SN[:, 0]]), members_SN, -1).T
     drawn, start_Q = len(column_DQ), width_Q.cumsum() - width_Q
     # the lowest rollout number comes last, since the last of several writes to a cell stays
     members_NS = members_SN.T[::-1]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from latent_tts.errors import UsageError, bad_value, is_whole
-from latent_tts.schedule import LatentModel, LatentSequence, Schedule
+from latent_tts.schedule import LatentModel, Schedule
 from latent_tts.schedule.sequential import Sequential
 from latent_tts.schedule.speculative import Speculative
 
@@ -81,10 +81,6 @@ class Auto(Schedule):
             self.name,
             "is chosen before a run begins, by ltts run, ask and trace; choose another schedule here",
         )
-
-    def run(self, latents: LatentSequence) -> None:
-        """Never called."""
-        raise AssertionError("the chosen schedule runs")
 
     def read(self, model: LatentModel, reasoner: str, dtype: str) -> Plan:
         """The plan of a run.

@@ -27,8 +27,8 @@ class Asked:
     split = None
 
     def __post_init__(self) -> None:
-        are_texts = isinstance(self.texts, list) and all(isinstance(text, str) for text in self.texts)
-        require("task.texts", self.texts, are_texts, "must be a list of texts")
+        ok = isinstance(self.texts, list) and all(isinstance(text, str) for text in self.texts)
+        require("task.texts", self.texts, ok, "must be a list of texts")
         _ = self.rule
 
     @cached_property

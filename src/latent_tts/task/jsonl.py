@@ -84,8 +84,8 @@ class Jsonl:
         Raises:
             UsageError: a row cannot be read, or only some rows have an answer; the error names file and line.
         """
-        source = f"task.path={self.path}"
-        return read_questions(file_rows(str(self.path)), self.rule, self.limit, source, gold_optional=True)
+        rows = file_rows(str(self.path))
+        return read_questions(rows, self.rule, self.limit, f"task.path={self.path}", gold_optional=True)
 
 
 def check_file(path: object) -> None:
@@ -133,8 +133,11 @@ def file_rows(path: str) -> Iterator[Row]:
                         raise UsageError(f"{where} is not JSON ({error}){hint}") from error
                     yield where, _checked(where, row)
     except UnicodeDecodeError as error:
-        why = f"is no text in UTF-8 ({error}); if it is compressed, its name must end in .gz; {JSON_LINES}"
-        raise bad_value("task.path", path, why) from error
+        raise bad_value(
+            "task.path",
+            path,
+            f"is no text in UTF-8 ({error}); if it is compressed, its name must end in .gz; {JSON_LINES}",
+        ) from error
     except (OSError, EOFError, zlib.error) as error:
         raise bad_value("task.path", path, f"cannot be read ({error})") from error
 
@@ -149,7 +152,8 @@ def _list_rows(where: str, file: TextIO, text: str) -> Iterator[Row]:
     """
     number = 1
     while not (text := text.lstrip()).startswith("]"):
-        found, row, problem = None, None, "a comma or the end of the list must follow it"
+        found = row = None
+        problem = "a comma or the end of the list must follow it"
         try:
             row, end = DECODER.raw_decode(text)
             found = AFTER_ROW.match(text, end)
@@ -207,8 +211,10 @@ def read_questions(
         if gold is None and not gold_optional:
             raise UsageError(f"{where} has no answer; each row needs question and answer; {_fields_of(row)}")
         if questions and (gold is None) != (questions[0].answer is None):
-            here, before = ("no answer", "one") if gold is None else ("an answer", "none")
-            raise UsageError(f"{where} has {here}, the rows before it have {before}: give all rows an answer, or none")
+            unlike = (
+                "no answer, the rows before it have one" if gold is None else "an answer, the rows before it have none"
+            )
+            raise UsageError(f"{where} has {unlike}: give all rows an answer, or none")
         digest = text_digest(text)
         seen[digest] += 1
         question_id = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"

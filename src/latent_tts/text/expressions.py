@@ -20,6 +20,7 @@ from sympy.functions.combinatorial.factorials import CombinatorialFunction
 from latent_tts.text.number import write_fraction
 
 MAX_BITS = 10_000  # of a number that is written out
+MIN_DIFFERENCE = 1e-5  # relative; of numbers that differ by more math-verify may take long to say so
 MAX_POWER = 1000  # below which a sum is multiplied out
 
 DELIMITER = re.compile(r"(?<!\\)(\$|\\\(|\\\[)")
@@ -44,7 +45,10 @@ def canonical(text: str) -> str | None:
         value = _value(text) if readable else None
         if value is None:
             return None
-        written = _print(value)
+        words = {symbol: rf"\text{{{symbol}}}" for symbol in value.free_symbols if len(symbol.name) > 1}
+        written = sympy.latex(value, symbol_names=words)
+        if value.is_Rational:
+            written = write_fraction(Fraction(int(value.p), int(value.q)))
         return written if _value(written) == value else text
     except OverflowError:
         return None
@@ -57,6 +61,12 @@ def equal(prediction: str, gold: str) -> bool:
 
     Source: math-verify `verify`, with its default settings (decimals are compared to 6 places).
     """
+    try:
+        one, other = (complex(_value(text)) for text in (prediction, gold))
+        if abs(one - other) > MIN_DIFFERENCE * max(1.0, abs(one), abs(other)):
+            return False
+    except Exception:
+        pass  # not numbers, or sympy fails: math-verify has other ways to compare
     try:
         return verify(_expression(gold), _expression(prediction), timeout_seconds=0)
     except Exception:
@@ -128,10 +138,3 @@ def _evaluated(expression: Any) -> Any:
 def _bits(number: Any) -> int:
     """Bits of the numerator or denominator of a fraction, whichever has more; 1 for anything else."""
     return max(int(number.p).bit_length(), int(number.q).bit_length()) if number.is_Rational else 1
-
-
-def _print(value: Any) -> str:
-    if value.is_Rational:
-        return write_fraction(Fraction(int(value.p), int(value.q)))
-    words = {symbol: rf"\text{{{symbol}}}" for symbol in value.free_symbols if len(symbol.name) > 1}
-    return sympy.latex(value, symbol_names=words)

@@ -49,11 +49,10 @@ def convert_checkpoint(
         UsageError: the weights, a config or the tokenizer is missing, or the new folder is in use.
     """
     require("dst", dst, not dst.exists() or (dst.is_dir() and not any(dst.iterdir())), "must be a new or empty folder")
-    given = {"tokenizer": tokenizer, "config": config, "base": base, "latents": latents}
     scores = reward_adapter.is_reward_adapter(src)
     if scores or joining.is_own_adapter(src):
         record = src / ("config.json" if scores else joining.RECORD)
-        for key, value in given.items():
+        for key, value in {"tokenizer": tokenizer, "config": config, "base": base, "latents": latents}.items():
             require(key, value, value is None, f"must be null: {record} gives it")
         if scores:
             reward_adapter.join(src, dst, "src")
@@ -64,9 +63,12 @@ def convert_checkpoint(
     whole = src.is_dir() and any((src / name).is_file() for name in (files.ADAPTER, peft.PCCOT_ARGUMENTS))
     beside, pickles = (src, []) if whole else find_weights(src)
     folders = [tokenizer, beside] if tokenizer is not None else [beside]
-    key, value = ("tokenizer", folders[0]) if tokenizer is not None else ("src", src)
-    why = f"{folders[0]} lacks tokenizer.json\ngive the folder of the base model's tokenizer as tokenizer=FOLDER"
-    require(key, value, (folders[0] / "tokenizer.json").is_file(), why)
+    require(
+        "tokenizer" if tokenizer else "src",
+        folders[0],
+        (folders[0] / "tokenizer.json").is_file(),
+        "lacks tokenizer.json\ngive the folder of the base model's tokenizer as tokenizer=FOLDER",
+    )
     words = files.load_tokenizer(folders[0])
     renamed: Mapping[str, str] = {}
     if whole:
@@ -116,9 +118,9 @@ def find_weights(src: Path) -> tuple[Path, list[Path]]:
         require("src", src, len(shards) == count, f"has {len(shards)} of {count} shards ({names})")
         return src, list(shards)
     names = f" ({', '.join(path.name for path in found[:4])})" if found else ""
-    why = f"contains no safetensors and {len(found)} pickles{names}; name one file"
-    require("src", src, len(usual or found) == 1, why)
-    return src, usual or found
+    chosen = usual or found
+    require("src", src, len(chosen) == 1, f"contains no safetensors and {len(found)} pickles{names}; name one file")
+    return src, chosen
 
 
 def find_config(given: str | None, folders: list[Path]) -> dict[str, Any]:
@@ -165,8 +167,11 @@ def convert_state(
     try:
         tied = AutoConfig.for_model(**settings).tie_word_embeddings
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        why = f"transformers has no such model: {' '.join(str(error).split())[:160]}"
-        raise bad_value("config", settings.get("model_type"), why) from error
+        raise bad_value(
+            "config",
+            settings.get("model_type"),
+            f"transformers has no such model: {' '.join(str(error).split())[:160]}",
+        ) from error
     tensors = layouts.deduplicate_embeddings(backbone, tied=tied)
     rows = next(tensors[name].shape[0] for name in layouts.EMBEDDINGS if name in tensors)
     layouts.name_latent_tokens(tokenizer, family, rows=rows, vocabulary=settings.get("vocab_size"))
@@ -208,8 +213,12 @@ def convert_folder(
         tensors, settings = loading.load_tensors(src, ""), files.read_config(src)
         settings["model_type"] = str(settings.get("model_type")).removeprefix("pccot-")
     wanted = is_pccot and files.read_json(src, "config.json", key="src").get("use_projection")
-    why = "config.json has use_projection=true, but there are no weights prj.*"
-    require("src", src, not wanted or any(name.startswith("prj.") for name in tensors), why)
+    require(
+        "src",
+        src,
+        not wanted or any(name.startswith("prj.") for name in tensors),
+        "config.json has use_projection=true, but there are no weights prj.*",
+    )
     return tensors, settings | recorded, tokenizer, renamed
 
 

@@ -60,8 +60,8 @@ def codi_backbone(
     factors = {name: value for name, value in tensors.items() if ".lora_" in name or ".modules_to_save." in name}
     tensors = {name.removeprefix(joining.PREFIX).replace(".base_layer.", "."): value
                for name, value in tensors.items() if name not in factors}  # fmt: skip
-    settings = {"lora_alpha": alpha, "transposed": kind == joining.TRANSPOSED}
     factors = {name.replace(".default.", "."): value for name, value in factors.items()}
+    settings = {"lora_alpha": alpha, "transposed": kind == joining.TRANSPOSED}
     tensors = joining.add_adapter(tensors, factors, settings, "codi.*", "src")
     projector, rest = _below("prj.", rest)
     require(
@@ -99,8 +99,12 @@ def deduplicate_embeddings(backbone: Mapping[str, Tensor], *, tied: bool) -> dic
     require("src", place, bool(copies), "missing: the file contains no input embedding")
     first, *others = copies
     for name in others:
-        why = f"differs from {first}, although the config ties them; check tie_word_embeddings"
-        require("src", name, copies[first].equal(copies[name]), why)
+        require(
+            "src",
+            name,
+            copies[first].equal(copies[name]),
+            f"differs from {first}, although the config ties them; check tie_word_embeddings",
+        )
     if any(name.startswith("model.") for name in tensors):
         place = EMBEDDINGS[1]
     return {**tensors, place: copies[first]}

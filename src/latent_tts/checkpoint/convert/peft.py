@@ -46,13 +46,18 @@ def merge(folder: Path, base: str | None, tokens: int) -> tuple[dict[str, Tensor
     """
     from latent_tts.checkpoint import loading
 
-    why = "a LoRA adapter needs PEFT, which is not installed: pip install peft"
-    require("src", folder, find_spec("peft") is not None, why)
+    require(
+        "src",
+        folder,
+        find_spec("peft") is not None,
+        "a LoRA adapter needs PEFT, which is not installed: pip install peft",
+    )
     settings = read_settings(folder)
     own = settings.get("base_model_name_or_path")
     named = base or HUB_IDS.get(str(own), own) or ""
-    why = f"{files.ADAPTER} does not name the base model; give it as base=FOLDER_OR_HUB_ID"
-    require("base", None, bool(named), why)
+    require(
+        "base", None, bool(named), f"{files.ADAPTER} does not name the base model; give it as base=FOLDER_OR_HUB_ID"
+    )
     lm: Any = loading.load_causal_lm(files.resolve(named, key="base"), device="cpu", dtype="float32", key="base")
     if tokens > lm.get_input_embeddings().weight.shape[0]:
         lm.resize_token_embeddings(tokens, mean_resizing=False)
@@ -97,16 +102,21 @@ def attach(lm: PreTrainedModel, folder: Path, named: str) -> Any:
         weights = load_file(folder / WEIGHTS)
         loaded = set_peft_model_state_dict(model, weights)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        why = f"the adapter does not fit base={named}: {' '.join(str(error).split())[:200]}"
-        raise bad_value("src", folder, why) from error
+        raise bad_value(
+            "src", folder, f"the adapter does not fit base={named}: {' '.join(str(error).split())[:200]}"
+        ) from error
     # a tied head shares rows with the embedding: PEFT keeps them once, but its files may contain them twice
     state, used = model.state_dict(), [weights[name] for name in weights.keys() - loaded.unexpected_keys]
     read = {value.data_ptr() for name, value in state.items() if name not in loaded.missing_keys}
     wanted = [name for name in loaded.missing_keys if "lora_" in name or "trainable_tokens" in name]
     unmatched = [name for name in wanted if state[name].data_ptr() not in read]
     unmatched += [name for name in loaded.unexpected_keys if not any(map(weights[name].equal, used))]
-    why = f"the adapter does not fit base={named}: tensor {min(unmatched, default='')} exists only in one of them"
-    require("src", folder, not unmatched, why)
+    require(
+        "src",
+        folder,
+        not unmatched,
+        f"the adapter does not fit base={named}: tensor {min(unmatched, default='')} exists only in one of them",
+    )
     return model
 
 
@@ -128,15 +138,20 @@ def read_pccot(folder: Path, tokenizer: Tokenizer) -> tuple[dict[str, Any], Toke
     sweeps = files.read_json(folder, "config.json", key="src").get("num_iterations")
     recorded = {"latents": arguments.get("num_latent_tokens"), "sweeps": sweeps}
     for name, value in recorded.items():
-        why = f"{PCCOT_ARGUMENTS} and config.json do not contain the number of {name}"
-        require("src", folder, is_whole(value), why)
+        require(
+            "src", folder, is_whole(value), f"{PCCOT_ARGUMENTS} and config.json do not contain the number of {name}"
+        )
     content = json.loads(tokenizer.to_str())
     added = {token["id"]: token for token in content["added_tokens"]}
     renamed = {}
     for key, name in TOKENS.items():
         place = arguments.get(key)
-        why = f"{PCCOT_ARGUMENTS} has {key}={place}, which is not an added token in tokenizer.json"
-        require("src", folder, place in added, why)
+        require(
+            "src",
+            folder,
+            place in added,
+            f"{PCCOT_ARGUMENTS} has {key}={place}, which is not an added token in tokenizer.json",
+        )
         renamed[added[place]["content"]] = name
         added[place]["content"] = name
     log.info(
