@@ -91,8 +91,12 @@ def training_arguments(
         )
     shares = processes * optimization.accumulation
     factors = f"{processes} processes * optimization.accumulation={optimization.accumulation}"
-    divides = optimization.batch % shares == 0
-    require("optimization.batch", optimization.batch, divides, f"must be a multiple of {shares} ({factors})")
+    require(
+        "optimization.batch",
+        optimization.batch,
+        optimization.batch % shares == 0,
+        f"must be a multiple of {shares} ({factors})",
+    )
     arguments.per_device_train_batch_size = optimization.batch // shares
     arguments.per_device_eval_batch_size = optimization.batch
     return arguments

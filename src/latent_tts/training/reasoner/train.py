@@ -157,9 +157,7 @@ class ReasonerTrainer(ResumableTrainer):
         super().__init__(model=module, callbacks=[pace], **more)
         self.module, self.adapter, self.questions, self.pace = module, adapter, questions, pace
         self.validation, self.valid_batch, self.key = validation, valid_batch, key_of(seed, "training")
-        self.computation = Computation()
-        if validation is not None:
-            self.computation = validation.prove(module, adapter, questions.valid)
+        self.computation = Computation() if validation is None else validation.prove(module, adapter, questions.valid)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         """The loss of a micro-batch in the stage of the current update."""
