@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from latent_tts.errors import RunError, UsageError
 from latent_tts.recipe.coconut import Coconut as Recipe
 from latent_tts.training.reasoner import pace as module
+from latent_tts.training.reasoner import train as training
 from latent_tts.training.reasoner.pace import Pace, Timed, read_log
 from latent_tts.training.reasoner.validation import Validation
 from latent_tts.training.states import last_state
-from latent_tts.training.trainer import ResumableTrainer
 
 TINY = [
     "train-reasoner", "backbone.layers=1", "backbone.width=16", "backbone.heads=2", "backbone.positions=128",
@@ -180,7 +180,7 @@ def test_a_run_by_the_clock_is_repeated_bit_for_bit_by_its_log(ltts, place, monk
 def test_a_run_by_the_clock_resumes_with_the_best_weights_so_far(ltts, place, monkeypatch):
     line = [*TINY, "output=timed", "optimization.minutes=0.05", "validation.every=1", "validation.max_answer_tokens=2"]
     line = [word for word in line if "stage_updates" not in word] + ["recipe.stage_updates=[]", "validation.share=9"]
-    measure, compute_loss, calls = Validation.measure, ResumableTrainer.compute_loss, []
+    measure, compute_loss, calls = Validation.measure, training.ReasonerTrainer.compute_loss, []
     ticks = count()
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(ticks) / 8, monotonic=lambda: 0.0))
 
@@ -196,7 +196,7 @@ def test_a_run_by_the_clock_resumes_with_the_best_weights_so_far(ltts, place, mo
 
     monkeypatch.setattr(Validation, "measure", best_early)
     with monkeypatch.context() as patch:
-        patch.setattr(ResumableTrainer, "compute_loss", interrupted)
+        patch.setattr(training.ReasonerTrainer, "compute_loss", interrupted)
         stopped = ltts(*line)
     assert stopped.code == 130, stopped.err
     assert "interrupted: the state after update 17 is saved in timed/states; re-run the command" in stopped.err

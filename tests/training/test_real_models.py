@@ -109,16 +109,16 @@ def test_a_stopped_adapter_run_resumes_bit_for_bit_with_small_states(train, plac
     (place / "out").rename(place / "first")
     from latent_tts.training.reasoner import train as training
 
-    stop = training.ReasonerTrainer.loss_of
+    stop = training.ReasonerTrainer.compute_loss
 
-    def interrupted(self, model, inputs):
+    def interrupted(self, *arguments, **more):
         if self.state.global_step == 3:
             raise KeyboardInterrupt
-        return stop(self, model, inputs)
+        return stop(self, *arguments, **more)
 
-    monkeypatch.setattr(training.ReasonerTrainer, "loss_of", interrupted)
+    monkeypatch.setattr(training.ReasonerTrainer, "compute_loss", interrupted)
     assert train(*LORA).code == 130
-    monkeypatch.setattr(training.ReasonerTrainer, "loss_of", stop)
+    monkeypatch.setattr(training.ReasonerTrainer, "compute_loss", stop)
     assert train(*LORA).code == 0
     again = load_file(last_state(place / "out" / "states") / "model.safetensors")
     assert again.keys() == whole.keys()

@@ -34,7 +34,6 @@ from latent_tts.training.reasoner.backbone import BackboneConfig, word_level_tok
 from latent_tts.training.reasoner.batch import encode_batch, question_batches, token_batches, token_loss
 from latent_tts.training.reasoner.curriculum import Stage, written_text
 from latent_tts.training.states import last_state, write_digests
-from latent_tts.training.trainer import ResumableTrainer
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(written_updates=3, stage_updates=[2, 2], final_updates=3, final_dropout=None, latents=3, step_loss=0.5)
@@ -460,7 +459,7 @@ def test_ctrl_c_saves_and_the_same_command_resumes_to_the_same_weights(ltts, mon
     def command(output):
         return ltts("train-reasoner", *SMALL, "recipe.written_updates=10", f"output={output}", "device=cpu")
 
-    compute_loss, calls = ResumableTrainer.compute_loss, []
+    compute_loss, calls = training.ReasonerTrainer.compute_loss, []
 
     def interrupted(*arguments, **more):
         calls.append(arguments)
@@ -469,7 +468,7 @@ def test_ctrl_c_saves_and_the_same_command_resumes_to_the_same_weights(ltts, mon
         return compute_loss(*arguments, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ResumableTrainer, "compute_loss", interrupted)
+        patch.setattr(training.ReasonerTrainer, "compute_loss", interrupted)
         stopped = command("stopped")
     assert stopped.code == 130, stopped.err
     told = r"interrupted: the state after update (\d+) of 11 is saved in .*; re-run the command"

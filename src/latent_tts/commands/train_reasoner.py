@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from latent_tts.training.reasoner.lora import Lora
 from latent_tts.training.reasoner.questions import TrainingQuestions, training_questions
 from latent_tts.training.states import STATES, log_once_per_launch
 
-log = logging.getLogger(__name__)
 MAY_CHANGE = ("output", "save_every", "device")  # keys that a resumed run need not share with the stopped one
 
 
@@ -96,11 +94,7 @@ def train(cfg: DictConfig) -> None:
             report=lambda done, figures: bar.show(done, f"loss {figures['loss']:.3f}"),
         )
     if trained is not None:  # in the first process of a launch
-        figures = [
-            f"{name.removeprefix('eval_').replace('_', ' ')} {value:.3f}" for name, value in trained.figures.items()
-        ]
-        log.info("weights of update %d of %d; on valid: %s", trained.chosen, trained.updates, ", ".join(figures))
-        print(trained.checkpoint)
+        print(trained)
 
 
 def shared_settings(cfg: DictConfig, questions: TrainingQuestions) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from latent_tts.training.optimization import RewardOptimization
 from latent_tts.training.reward_model.data import open_questions
 from latent_tts.training.reward_model.loss import RewardLoss
 from latent_tts.training.states import FINISHED, STATES, claim, log_once_per_launch
+from latent_tts.types import read_object
 
 log = logging.getLogger(__name__)
 INITS = ("reasoner", "random")
@@ -78,10 +79,10 @@ def train(cfg: DictConfig) -> None:
     identities = {key: questions.identity for key, questions in zip(keys, (data, valid), strict=True)}
     claim(output, {"reasoner": adapter.digest, **identities, **kept})
     # imports torch: everything above has been checked without it
-    from latent_tts.training.reward_model.train import read_results, train_latent_rm
+    from latent_tts.training.reward_model.train import RESULTS, train_latent_rm
 
-    results = read_results(output)
-    if results is not None:
+    results = read_object(output / RESULTS)
+    if results:
         log.info("%s is finished", output)
     else:
         updates = optimization.updates_per_epoch(len(data)) * optimization.epochs
@@ -108,7 +109,7 @@ def train(cfg: DictConfig) -> None:
                 ),
                 report=lambda done, figures: bar.show(done, note(figures)),
             )
-    if results is not None:  # in the first process of a launch
+    if results:  # in the first process of a launch
         show(results)
         print(output / FINISHED)
 

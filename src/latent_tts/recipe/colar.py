@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import VALUE_KINDS, check_fields, require
@@ -55,8 +55,8 @@ class Colar(Recipe):
             latent_weight="a finite number, 0 or more", latent_noise="a finite number, 0 or more",
             head_hidden="a positive integer, or null",
         )  # fmt: skip
-        kind = "a positive integer"
-        require("model.thinking_speed", self.speed, VALUE_KINDS[kind](self.speed), f"must be {kind}")
+        fast = VALUE_KINDS["a positive integer"](self.speed)
+        require("model.thinking_speed", self.speed, fast, "must be a positive integer")
         check_fields("model", self, latents="a positive integer")
 
     def stages(self) -> list[Stage]:
@@ -72,12 +72,10 @@ class Colar(Recipe):
 
     def objective(self, adapter: CheckpointAdapter) -> Objective:
         """Create the model in training with its loss (imports torch)."""
-        from latent_tts.model.colar import Colar as ColarAdapter
         from latent_tts.training.reasoner.colar import ColarObjective
 
-        assert isinstance(adapter, ColarAdapter)
-        return ColarObjective(adapter, self.latent_weight, self.latent_noise)
+        return ColarObjective(cast(Any, adapter), self.latent_weight, self.latent_noise)
 
-    def trained_with(self, adapter: CheckpointAdapter) -> dict[str, Any]:
+    def trained_with(self) -> dict[str, Any]:
         """The thinking speed."""
         return {"thinking_speed": self.speed}

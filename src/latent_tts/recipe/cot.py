@@ -34,7 +34,3 @@ class Cot(Recipe):
         from latent_tts.training.reasoner.coconut import CoconutObjective
 
         return CoconutObjective(adapter, step_loss=0.0)
-
-    def trained_with(self, adapter: CheckpointAdapter) -> dict[str, int]:
-        """No latents."""
-        return {"latents": 0}

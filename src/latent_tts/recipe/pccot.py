@@ -63,6 +63,6 @@ class Pccot(Distilled):
 
         return PccotObjective(adapter, self, self.sweeps, known_first=self.known_first)
 
-    def trained_with(self, adapter: CheckpointAdapter) -> dict[str, Any]:
+    def trained_with(self) -> dict[str, Any]:
         """T, K, and what the first sweep begins with."""
         return {"latents": self.latents, "sweeps": self.sweeps, "known_first": self.known_first}

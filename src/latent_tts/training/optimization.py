@@ -37,8 +37,8 @@ class Optimization:
             "optimization", self, batch="a positive integer", accumulation="a positive integer", lr="a positive number",
             weight_decay="a finite number, 0 or more", clip="a positive number", gradient_checkpointing="true or false",
         )  # fmt: skip
-        allowed = f"must divide optimization.batch={self.batch}"
-        require("optimization.accumulation", self.accumulation, self.batch % self.accumulation == 0, allowed)
+        divides = self.batch % self.accumulation == 0
+        require("optimization.accumulation", self.accumulation, divides, f"must divide optimization.batch={self.batch}")
 
 
 @dataclass(frozen=True)

@@ -91,8 +91,8 @@ def training_arguments(
         )
     shares = processes * optimization.accumulation
     factors = f"{processes} processes * optimization.accumulation={optimization.accumulation}"
-    allowed = f"must be a multiple of {shares} ({factors})"
-    require("optimization.batch", optimization.batch, optimization.batch % shares == 0, allowed)
+    divides = optimization.batch % shares == 0
+    require("optimization.batch", optimization.batch, divides, f"must be a multiple of {shares} ({factors})")
     arguments.per_device_train_batch_size = optimization.batch // shares
     arguments.per_device_eval_batch_size = optimization.batch
     return arguments
@@ -114,25 +114,18 @@ class ResumableTrainer(Trainer):
         self.updates = _UpdateCallback(self, report)
         self.add_callback(self.updates)
 
-    def loss_of(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
-        """The loss (a scalar) of a micro-batch, and what evaluation needs besides."""
-        raise NotImplementedError
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The loss of a micro-batch; with `return_outputs` both results of `loss_of`.
+    def checked(self, loss: Tensor) -> Tensor:
+        """The loss of a micro-batch (a scalar), which is noted for the report of the update.
 
         Raises:
-            RunError: the loss is not finite.
+            RunError: it is not finite.
         """
-        loss, outputs = self.loss_of(model, inputs)
         value = loss.item()
         if not math.isfinite(value):
             raise self.not_finite_error(f"loss is {value}")
         if torch.is_grad_enabled():
             self.micro_losses.append(value)
-        return (loss, outputs) if return_outputs else loss
+        return loss
 
     def not_finite_error(self, what: str) -> RunError:
         """The error for a loss or gradient that is not finite."""
@@ -178,8 +171,9 @@ class ResumableTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save the trained weights; tied weights only once, as safetensors requires."""
-        trained = trained_parameters(cast(nn.Module, self.model))
-        super()._save(output_dir, {name: value.detach() for name, value in trained})
+        super()._save(
+            output_dir, {name: value.detach() for name, value in trained_parameters(cast(nn.Module, self.model))}
+        )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a state, and the digests of its files."""

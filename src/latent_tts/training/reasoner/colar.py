@@ -15,11 +15,11 @@ from latent_tts.engine.head import ModelLogits
 from latent_tts.engine.proof import prove_reasoner
 from latent_tts.engine.rollout import Engine, RolloutPlan
 from latent_tts.model.colar import HEAD, Colar
-from latent_tts.random.draw import Draw
 from latent_tts.sampler.greedy import Greedy
 from latent_tts.training.reasoner.batch import Sequences, check_computation, pad_rows
 from latent_tts.training.reasoner.curriculum import Stage
 from latent_tts.training.reasoner.initial import add_tensors, has_tensors, load_trainable_lm
+from latent_tts.training.reasoner.validation import draw_texts
 from latent_tts.types import Computation, Question, Reasoner
 
 
@@ -172,10 +172,7 @@ class ColarObjective:
         reasoner = Reasoner(self.lm, next_latent)
         self.computation = self.computation or prove_reasoner(reasoner, adapter.positions)
         engine = Engine(replace(reasoner, computation=self.computation), plan)
-        rollouts_QN = torch.zeros(len(questions), 1, dtype=torch.long, device=self.lm.device)
-        draw = Draw.of(0, [q.id for q in questions], rollouts_QN, engine.width)
-        rollouts = engine.roll([adapter.encode(q) for q in questions], draw, Greedy())
+        texts = draw_texts(engine, adapter, questions, 1, Greedy())
         self.lm.set_attn_implementation("eager")  # the engine has set its own attention
-        texts = [adapter.answer_text(ids) for ids in rollouts.answer_ids]
         answers = [(adapter.answer_span(text), adapter.decimal_answer(text)) for text in texts]
         return sum(q.gold in read for read, q in zip(answers, questions, strict=True))

@@ -87,9 +87,9 @@ class Recipe(Protocol):
         """Create the model in training with its loss (imports torch)."""
         ...
 
-    def trained_with(self, adapter: CheckpointAdapter) -> dict[str, Any]:
+    def trained_with(self) -> dict[str, Any]:
         """The record `latent_tts` in the trained checkpoint's config; runs with other values warn."""
-        return {"latents": adapter.latents}
+        return {"latents": self.stages()[-1].latents}
 
     @property
     def updates(self) -> int:

@@ -72,18 +72,15 @@ class Lora:
         from peft import LoraConfig, get_peft_model
         from transformers.pytorch_utils import Conv1D
 
-        embedding = lm.get_input_embeddings()
-        name = next(name for name, module in lm.named_modules() if module is embedding).rpartition(".")[2]
-        rows: dict[str, list[int]] = {name: list(tokens)} if tokens else {}
+        names: dict[Any, str] = {module: name for name, module in lm.named_modules()}
+        rows = {names[lm.get_input_embeddings()].rpartition(".")[2]: list(tokens)} if tokens else {}
         if tokens and not lm.config.tie_word_embeddings:
-            head = lm.get_output_embeddings()
-            rows[next(name for name, module in lm.named_modules() if module is head)] = list(tokens)
-        transposed = any(isinstance(module, Conv1D) for module in lm.modules())
-        layers = [name for name, module in lm.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
+            rows[names[lm.get_output_embeddings()]] = list(tokens)
+        layers = [name for module, name in names.items() if isinstance(module, (torch.nn.Linear, Conv1D))]
         adaptable = ",".join(sorted({name.rpartition(".")[2] for name in layers} - {"lm_head", "embed_out"}))
         others = f"choose among its linear layers, as in [{adaptable}]"
         config = LoraConfig(
-            fan_in_fan_out=transposed,
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in names),
             r=self.rank,
             lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType]
             lora_dropout=self.dropout,
@@ -99,10 +96,8 @@ class Lora:
                 adapted = get_peft_model(lm, config)
             with torch.no_grad():
                 lm(input_ids=torch.zeros(1, 1, dtype=torch.long))
-        except ValueError as error:
-            raise bad_value("lora.targets", self.targets, " ".join(str(error).split())[:160]) from error
-        except (RuntimeError, TypeError, AttributeError, LookupError) as error:
-            why = f"{type(lm).__name__} cannot be run with it ({str(error).splitlines()[0][:120]}); {others}"
+        except (ValueError, RuntimeError, TypeError, AttributeError, LookupError) as error:
+            why = f"{type(lm).__name__} cannot be run with it ({' '.join(str(error).split())[:120]}); {others}"
             raise bad_value("lora.targets", self.targets, why) from error
         unsupported = find_unsupported(plain_settings(adapted))  # as where PEFT adapts all experts of a mixture at once
         require("lora.targets", self.targets, unsupported is None, f"PEFT would set {unsupported}; {others}")

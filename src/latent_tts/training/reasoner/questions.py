@@ -81,10 +81,9 @@ def training_questions(task: Task, *, valid_questions: int, seed: int, step_resu
         valid = replace(task, split="valid", limit=valid_questions).questions()
         return TrainingQuestions(task.stream, valid, task.rule)
     if isinstance(task, Benchmark):
-        splits = ", ".join(task.splits)
         require(
             "task.split", task.split, task.split == "train",
-            f"must be train (task={task.name} has {splits}): the other splits are to report on",
+            f"must be train (task={task.name} has {', '.join(task.splits)}): the other splits are to report on",
         )  # fmt: skip
     questions = task.questions()
     require_gold(task, questions, "training needs them")
@@ -109,9 +108,10 @@ def select_usable(questions: Sequence[Question], task: Task, *, step_results: bo
             f"task={task.name}: {len(tests)} of its {len(questions)} questions are test questions, which are never "
             f"trained on; the first is of task={tests[0][1]}: {tests[0][0].quoted}"
         )
-    valid = [question for question, place in known.items() if place]
-    without = [question for question, place in known.items() if not place and not question.steps]
-    for left_out, why in ((valid, "belong to a split valid"), (without, "have no written steps")):
+    for left_out, why in (
+        ([question for question, place in known.items() if place], "belong to a split valid"),
+        ([question for question, place in known.items() if not place and not question.steps], "have no written steps"),
+    ):
         if left_out:
             log.info(
                 "task=%s: %d of %d questions are left out, since they %s; the first is %s",

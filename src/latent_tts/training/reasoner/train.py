@@ -7,8 +7,9 @@ for each update.
 from __future__ import annotations
 
 import copy
+import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -53,23 +54,7 @@ MAX_VALID_BATCH, VALID_MICRO_BATCHES = 250, 4  # questions; so many micro-batche
 METRIC = "eval_exact_match"
 INITIAL = "initial"
 PROBES, PROBE_TOKENS = 4, 12
-
-
-@dataclass(frozen=True)
-class TrainedReasoner:
-    """A finished training.
-
-    Attributes:
-        checkpoint: the checkpoint folder.
-        updates: number of updates.
-        chosen: the update that the weights in the checkpoint are of.
-        figures: what they reached on the validation questions.
-    """
-
-    checkpoint: Path
-    updates: int
-    chosen: int
-    figures: Mapping[str, float]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -176,8 +161,8 @@ class ReasonerTrainer(ResumableTrainer):
         if validation is not None:
             self.computation = validation.prove(module, adapter, questions.valid)
 
-    def loss_of(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, None]:
-        """The loss in the stage of the current update."""
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
+        """The loss of a micro-batch in the stage of the current update."""
         update = self.state.global_step
         stage = self.pace.stage(update)
         for each in self.module.modules():
@@ -185,7 +170,7 @@ class ReasonerTrainer(ResumableTrainer):
                 each.p = stage.dropout
         part = len(self.micro_losses) * self.args.world_size + self.args.process_index
         torch.manual_seed(philox((update, part, 0, int(Stream.TRAINING)), self.key)[0])
-        return inputs["weight"] * model(inputs["questions"], stage), None
+        return self.checked(inputs["weight"] * model(inputs["questions"], stage))
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -228,7 +213,7 @@ def train_reasoner(
     settings: dict,
     save_every: int,
     report: Report,
-) -> TrainedReasoner | None:
+) -> Path | None:
     """Train a reasoner to the end of its recipe and write its checkpoint; resumes a run that was stopped.
 
     Args:
@@ -247,7 +232,7 @@ def train_reasoner(
         report: called as `report(updates_done, figures)` after every update.
 
     Returns:
-        The trained reasoner; None in all processes of a launch except the first.
+        The checkpoint folder; None in all processes of a launch except the first.
 
     Raises:
         UsageError: the initial checkpoint cannot be used, or the folder contains another run.
@@ -295,12 +280,14 @@ def train_reasoner(
         assert isinstance(start, Start)
         module = ReasonerModule(recipe.objective(adapter), lora, new_tokens, seed)
         load_parameters(module, weights)
-        export_adapter(module, recipe.trained_with(adapter), adapter, new_tokens, start.checkpoint, folder)
+        export_adapter(module, recipe.trained_with(), adapter, new_tokens, start.checkpoint, folder)
     chosen = read_state(weights)
     found = [entry for entry in chosen["log_history"] if METRIC in entry][-1]
     names = [METRIC] if drawn is None else [GREEDY, COVERAGE.format(validation.rollouts)]
-    figures = {name: found[name] for name in names}
-    return TrainedReasoner(folder, read_state(last)["global_step"], chosen["global_step"], figures)
+    figures = [f"{name.removeprefix('eval_').replace('_', ' ')} {found[name]:.3f}" for name in names]
+    done = chosen["global_step"], read_state(last)["global_step"]
+    log.info("weights of update %d of %d; on valid: %s", *done, ", ".join(figures))
+    return folder
 
 
 def trainer_arguments(optimization: ReasonerOptimization, states: Path, *, seed: int, device: str) -> TrainingArguments:
@@ -315,7 +302,6 @@ def trainer_arguments(optimization: ReasonerOptimization, states: Path, *, seed:
         eval_strategy="no",
         save_strategy="steps",
         save_steps=NO_LIMIT,
-        save_total_limit=1,
         logging_steps=25,
     )
     arguments.per_device_train_batch_size = 1  # an item is a micro-batch
@@ -372,8 +358,7 @@ def train(
     ]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.98))  # `lr_at` returns the rate itself, not a factor
     arguments.max_steps = pace.limit
-    if validation is not None:
-        arguments.save_total_limit = 2  # the best state and the last one
+    arguments.save_total_limit = 1 if validation is None else 2  # the last state and the best one
     trainer = ReasonerTrainer(
         module,
         adapter,
@@ -398,7 +383,7 @@ def export(recipe: Recipe, state: Path, adapter: CheckpointAdapter, folder: Path
     module = ReasonerModule(recipe.objective(adapter))
     load_parameters(module, state)
     objective = module.objective
-    objective.lm.config.latent_tts = recipe.trained_with(adapter)
+    objective.lm.config.latent_tts = recipe.trained_with()
     objective.lm.bfloat16().save_pretrained(folder)
     if objective.own:
         add_tensors(folder, "", objective.own.bfloat16())

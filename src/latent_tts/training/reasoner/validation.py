@@ -13,6 +13,8 @@ from latent_tts.types import Computation, Question, Reasoner
 
 if TYPE_CHECKING:
     from latent_tts.checkpoint.adapter import CheckpointAdapter
+    from latent_tts.engine.rollout import Engine
+    from latent_tts.sampler import Sampler
     from latent_tts.training.reasoner.curriculum import Stage
 
 GREEDY, COVERAGE = "eval_greedy_accuracy", "eval_coverage_at_{}"
@@ -90,11 +92,8 @@ class Validation:
             questions: to answer.
             rule: how answers are read and compared.
         """
-        import torch
-
         from latent_tts.engine.decoding import AnswerSampling
         from latent_tts.engine.rollout import SEQUENTIAL, Engine, RolloutPlan
-        from latent_tts.random.draw import Draw
         from latent_tts.sampler.gaussian import Gaussian
         from latent_tts.sampler.greedy import Greedy
 
@@ -104,18 +103,14 @@ class Validation:
             latent_id=None if adapter.own_schedule is None else adapter.latent_id,
         )  # fmt: skip
         engine = Engine(reasoner, plan)
-        noisy = AnswerSampling(self.temperature).over(Greedy())
-        if stage.latents:
-            noisy = Gaussian(self.sigma, relative=False)
+        by_tokens = AnswerSampling(self.temperature).over(Greedy())
+        noisy = Gaussian(self.sigma, relative=False) if stage.latents else by_tokens
         shares = []
         for sampler, rollouts in ((Greedy(), 1), (noisy, self.rollouts)):
             solved = 0
             for start in range(0, len(questions), QUESTIONS_AT_ONCE):
                 part = questions[start : start + QUESTIONS_AT_ONCE]
-                numbers_QN = torch.arange(rollouts, device=engine.device).repeat(len(part), 1)
-                draw = Draw.of(0, [question.id for question in part], numbers_QN, engine.width)
-                rolled = engine.roll([adapter.encode(question) for question in part], draw, sampler)
-                texts = [adapter.answer_text(ids) for ids in rolled.answer_ids]
+                texts = draw_texts(engine, adapter, part, rollouts, sampler)
                 for place, question in enumerate(part):
                     read = [
                         adapter.read_answer(text, rule) for text in texts[place * rollouts : (place + 1) * rollouts]
@@ -123,3 +118,17 @@ class Validation:
                     solved += any(answer is not None and rule.is_right(answer, question.gold) for answer in read)
             shares.append(solved / len(questions))
         return {GREEDY: shares[0], COVERAGE.format(self.rollouts): shares[1]}
+
+
+def draw_texts(
+    engine: Engine, adapter: CheckpointAdapter, questions: Sequence[Question], rollouts: int, sampler: Sampler
+) -> list[str]:
+    """The answers of so many rollouts of each question, those of a question side by side (imports torch)."""
+    import torch
+
+    from latent_tts.random.draw import Draw
+
+    numbers_QN = torch.arange(rollouts, device=engine.device).repeat(len(questions), 1)
+    draw = Draw.of(0, [question.id for question in questions], numbers_QN, engine.width)
+    rolled = engine.roll([adapter.encode(question) for question in questions], draw, sampler)
+    return [adapter.answer_text(ids) for ids in rolled.answer_ids]

@@ -23,7 +23,6 @@ from latent_tts.engine.attention import use_own_attention
 from latent_tts.engine.proof import find_attention_problem
 from latent_tts.training.reasoner.lora import FULL, Lora, plain_settings
 from latent_tts.training.recompute import recomputing_blocks
-from latent_tts.training.trainer import trained_parameters
 
 
 def packed_layout(lengths_Q: Tensor, longest: int, rollouts: int, latents: int) -> tuple[Tensor, Tensor]:
@@ -155,12 +154,6 @@ class LatentRMModule(nn.Module):
         real_RL = (place_L >= padding_Q1).repeat_interleave(rollouts, 0)
         mask_RS = torch.cat([real_RL, real_RL.new_ones(latents_RTD.shape[:2])], 1).long()
         return torch.cat([prompt_RLD, latents_RTD], 1), mask_RS, (mask_RS.cumsum(1) - 1).clamp(min=0)
-
-    @torch.no_grad()
-    def round_to(self, dtype: torch.dtype) -> None:
-        """Round the trained weights to `dtype`, so that figures are those of the checkpoint that will be written."""
-        for _, parameter in trained_parameters(self):
-            parameter.copy_(parameter.to(dtype))
 
     def write(self, folder: Path, adapter: CheckpointAdapter, dtype: torch.dtype, record: Mapping[str, Any]) -> None:
         """Write the checkpoint: weights, the reasoner's tokenizer, and its config with `latent_rm: record`.

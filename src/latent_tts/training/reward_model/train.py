@@ -23,7 +23,13 @@ from latent_tts.training.reward_model.data import MixedQuestions, collate
 from latent_tts.training.reward_model.loss import RewardLoss, rollout_scores
 from latent_tts.training.reward_model.model import LatentRMModule
 from latent_tts.training.states import FINISHED, STATES, best_state, last_state, read_state, resumable_state
-from latent_tts.training.trainer import Report, ResumableTrainer, load_parameters, training_arguments
+from latent_tts.training.trainer import (
+    Report,
+    ResumableTrainer,
+    load_parameters,
+    trained_parameters,
+    training_arguments,
+)
 
 METRIC = "selection_accuracy"
 RESULTS = "train_rm.json"
@@ -79,7 +85,9 @@ def train_latent_rm(
     model = initial_model(adapter, init, seed, lora)
     trainer = train(model, loss, data, valid, optimization, arguments, report=report)
     dtype = getattr(torch, weights_dtype)
-    model.round_to(dtype)
+    with torch.no_grad():  # so that figures are those of the checkpoint
+        for _, parameter in trained_parameters(model):
+            parameter.copy_(parameter.to(dtype))
     figures = trainer.evaluate()
     if not trainer.is_world_process_zero():
         return None
@@ -109,12 +117,6 @@ def train_latent_rm(
     # written last: the training is finished if it exists
     write_text(output / RESULTS, json.dumps(results, indent=1) + "\n")
     return results
-
-
-def read_results(output: Path) -> dict[str, Any] | None:
-    """The content of `train_rm.json`; None if the training is not finished."""
-    path = output / RESULTS
-    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def initial_model(adapter: CheckpointAdapter, init: str, seed: int, lora: Lora = FULL) -> LatentRMModule:
@@ -196,11 +198,14 @@ class RewardTrainer(ResumableTrainer):
         weighted = zip(batches, sizes, strict=True)
         return [batch | {"weight": size * len(sizes) / sum(sizes)} for batch, size in weighted], items
 
-    def loss_of(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """The loss of a batch, and the scores (Q, N) of its rollouts."""
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of a batch, and on request the scores (Q, N) of its rollouts."""
         logits_QNT = model(inputs["prompt_QL"], inputs["lengths_Q"], inputs["latents_QNTD"])
-        loss = self.reward_loss(logits_QNT, inputs["labels_QNT"], inputs["correct_QN"]) * inputs.get("weight", 1.0)
-        return loss, rollout_scores(logits_QNT, ~inputs["labels_QNT"].isnan())
+        loss = self.reward_loss(logits_QNT, inputs["labels_QNT"], inputs["correct_QN"])
+        loss = self.checked(loss * inputs.get("weight", 1.0))
+        return (loss, rollout_scores(logits_QNT, ~inputs["labels_QNT"].isnan())) if return_outputs else loss
 
     def prediction_step(self, model: nn.Module, inputs: dict, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, scores and outcomes, padded to the same width in every batch so that they can be concatenated."""
