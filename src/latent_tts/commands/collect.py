@@ -33,8 +33,12 @@ def main(cfg: DictConfig) -> None:
     for folder in folders:
         if folder not in tables and job_config(folder) not in completed:
             log.warning("%s: incomplete, left out", folder)
-    looked = report.counted(len(folders), "run folder")
-    require("runs", ",".join(cfg.runs), bool(tables), f"no complete run in {looked}; re-run what was interrupted")
+    require(
+        "runs",
+        ",".join(cfg.runs),
+        bool(tables),
+        f"no complete run in {report.counted(len(folders), 'run folder')}; re-run what was interrupted",
+    )
     joined, means = write_joined(output, tables, aggregator_builder(cfg))
     log.info("%d of %d runs, %d rows", len(tables), len(folders), len(joined))
     if means is not None:

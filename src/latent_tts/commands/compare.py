@@ -29,8 +29,12 @@ def main(cfg: DictConfig) -> None:
         difference = report.percent({**one, "value": one.difference})
         rows.append([figure, n, f"{100 * one.a:.1f}", f"{100 * one.b:.1f}", difference])
     last = found.iloc[-1]
-    over = f"{report.counted(last.questions, 'question')}, {report.counted(last.seeds, 'seed')}"
-    report.print_table(f"A - B in percentage points: {over}", ["figure", "n", "A %", "B %", "A - B"], rows)
+    report.print_table(
+        "A - B in percentage points: "
+        f"{report.counted(last.questions, 'question')}, {report.counted(last.seeds, 'seed')}",
+        ["figure", "n", "A %", "B %", "A - B"],
+        rows,
+    )
     for key, words in zip(("a", "b"), describe_sides(a, b), strict=True):
         print(f"{key.upper()}: {words}{cfg[key]}")
     if cfg.output is not None:

@@ -59,8 +59,12 @@ def train(cfg: DictConfig) -> None:
             validation.every is None,
             "must be null for CoLaR, whose exact match is drawn by the engine anyway",
         )
-    step_results = getattr(recipe, "step_loss", 0) > 0
-    questions = training_questions(task, valid_questions=cfg.valid_questions, seed=cfg.seed, step_results=step_results)
+    questions = training_questions(
+        task,
+        valid_questions=cfg.valid_questions,
+        seed=cfg.seed,
+        step_results=getattr(recipe, "step_loss", 0) > 0,
+    )
     if cfg.init_vocabulary == "used":
         require("init_vocabulary", "used", bool(questions.finite), f"must be all: task={task.name} is no finite set")
     source = joining.join_once(checkpoint.resolve(str(cfg.init), key="init"), "init") if cfg.init else None

@@ -142,6 +142,9 @@ def show(results: Mapping[str, Any]) -> None:
         "chosen by LatentRM, with the questions that leave no choice": results["valid_selection_accuracy_of_all"],
     }
     rows = [[what, f"{100 * share:.1f}"] for what, share in shares.items() if share is not None]
-    questions = f"{results['valid_questions']} questions with both right and wrong rollouts"
-    title = f"right on valid ({questions}), weights of update {results['chosen_update']} of {results['updates']}"
-    report.print_table(title, ["", "%"], rows)
+    report.print_table(
+        f"right on valid ({results['valid_questions']} questions with both right and wrong rollouts), "
+        f"weights of update {results['chosen_update']} of {results['updates']}",
+        ["", "%"],
+        rows,
+    )
