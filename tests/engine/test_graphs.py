@@ -38,7 +38,6 @@ from latent_tts.random import bits
 from latent_tts.random.draw import Draw
 from latent_tts.results.run_folder import read_rollouts
 from latent_tts.sampler import Sampler
-from latent_tts.sampler.control import Control
 from latent_tts.sampler.gaussian import Gaussian
 from latent_tts.types import Reasoner
 
@@ -235,14 +234,6 @@ def test_so_does_every_adapter(ltts, monkeypatch, tmp_path, model):
     assert "without CUDA graphs" not in runs[1].err
     assert list(here["answer_text"]) == list(there["answer_text"])
     torch.testing.assert_close(*(torch.tensor(table["answer_logprob"]) for table in (here, there)), rtol=0, atol=1e-4)
-
-
-def test_rollouts_with_latents_of_other_questions_are_not_recorded():
-    eager, graphed, recorders = both()
-    for number, lengths in enumerate(LENGTHS):
-        found, wanted = (rolled(engine, Control("shuffle"), number, lengths) for engine in (graphed, eager))
-        assert_same(found, wanted)
-    assert not recorders
 
 
 def test_latents_are_made_without_answers():

@@ -136,6 +136,8 @@ def check(family: str, sampler: Sampler, settings: dict[str, Any]) -> None:
     numbers_QN = torch.arange(ROLLOUTS, device="meta").repeat(QUESTIONS, 1)
     with torch.inference_mode(), SiteHooks(lm, sampler) as hooks:
         draw = Draw.of(0, list("abcd"), numbers_QN, tiny.WIDTH, engine.blocks)
+        if sampler.needs_donor:
+            draw.donor_RTD = torch.zeros(numbers_QN.numel(), engine.plan.latents, tiny.WIDTH, device="meta").bfloat16()
         rollouts = FixedRollouts(engine, hooks, draw, QUESTIONS, LENGTH, NOT_USED)
         rollouts.load(tiny.prompts([9, 3, 1, 5]), draw, hooks)
         check_passes(rollouts, passes_of(rollouts, sampler))

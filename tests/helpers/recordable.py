@@ -22,6 +22,7 @@ SAMPLERS = {
     "drawn answers": DRAWN.over(NOISE),
     "drawn answers of greedy": DRAWN.over(Greedy()),
     "repeat": Control("repeat"),
+    "shuffle": Control("shuffle"),
 }
 PLANS = {
     "plain": {"latents": 2},
@@ -36,6 +37,6 @@ FEW = [
     ("llama", "drawn answers", "forced beginning"),
     ("gpt2", "dropout in thoughts", "stops by a token"),
     ("qwen3", "dropout everywhere", "no end"),
-    ("gpt2", "repeat", "plain"),
+    ("gpt2", "shuffle", "plain"),
     ("gpt2", "drawn answers of greedy", "answers right after the prompt"),
 ]

@@ -1,7 +1,7 @@
 """Rollouts by CUDA graphs: the passes of a batch are recorded once and replayed for later batches of the same sizes.
 
 A recording runs the same code as `RolloutState`, on tensors that stay where they are. What differs between batches
-(random keys, prompts) or between replays (the slot, the position in the answer) is read from the device. What
+(random keys, prompts, donors) or between replays (the slot, the position in the answer) is read from the device. What
 is the same in all batches of a bucket is recorded as a number.
 """
 
@@ -180,6 +180,8 @@ class FixedRollouts(RolloutState, Bucket[Passes, Rollouts]):
         backbone, grid = cast(PreTrainedModel, engine.lm.base_model), (prefixes, rows // prefixes)
         state = FixedState(backbone, grid[1], plan.capacity(hooks.sampler), questions=prefixes, length=length)
         own = copied_draw(draw)
+        if draw.donor_RTD is not None:
+            own.donor_RTD = draw.donor_RTD.clone()
         RolloutState.__init__(self, engine, hooks, state, own)
         Bucket.__init__(self, recorder, engine.lm.dtype)
         self._all = AnswerRows(grid, state, own)
@@ -201,7 +203,7 @@ class FixedRollouts(RolloutState, Bucket[Passes, Rollouts]):
         answers = self._answers
         pieces = [part for rows in self._rows.values() for part in rows.tensors()]
         found = [
-            *pieces, self.latents_RTD, self._begin_RD, self._thinking_R, self._steps_R,
+            *pieces, self._all.draw.donor_RTD, self.latents_RTD, self._begin_RD, self._thinking_R, self._steps_R,
             self._going, self._position_1, self._at_1, answers.ids_RA, answers.lengths_R, answers.logprob_R,
             answers.margin_R, answers.stopped_R, self._ids_QL, self._lengths_Q, self._last_Q,
         ]  # fmt: skip
@@ -212,6 +214,8 @@ class FixedRollouts(RolloutState, Bucket[Passes, Rollouts]):
         self._hooks = hooks
         self.draw.keys_R2.copy_(draw.keys_R2)
         self.draw.rollouts_R.copy_(draw.rollouts_R)
+        if self.draw.donor_RTD is not None:
+            self.draw.donor_RTD.copy_(cast(Tensor, draw.donor_RTD))
         if self._records_prompts:
             shared = [prompt if self.first_is_free else prompt[:-1] for prompt in prompts]
             ids_QL, lengths_Q = pad_prompts(shared, torch.device("cpu"))
@@ -438,11 +442,12 @@ class GraphEngine(Engine):
 
         tokens = self.plan.max_answer_tokens + (self.plan.eos_id is not None) - len(self.plan.forced_ids)
         longest = max(map(len, prompts)) - self.plan.owns_last(sampler)
-        if not self._usable or donor_RTD is not None or longest < 1 or (answers and tokens < 1):
+        if not self._usable or longest < 1 or (answers and tokens < 1):
             return usual()
         length = power_of_two(longest, MIN_LENGTH)
 
         def fixed(known: FixedRollouts | None) -> tuple[FixedRollouts, Rollouts]:
+            draw.donor_RTD = donor_RTD
             with SiteHooks(self.lm, sampler) as hooks:
                 # without a circle of references, buckets go with their engine and not when garbage is collected
                 bucket = known or FixedRollouts(

@@ -271,8 +271,6 @@ class Drawer:
         require("schedule", "auto", spec.planned_on in (None, kind), allowed)
         if spec.guided:
             refuse_graphs(spec.engine, f"search={spec.search.name} forks its rollouts")
-        if spec.sampler.needs_donor:
-            refuse_graphs(spec.engine, f"sampler={spec.sampler.name} reads latents of another question")
         if not spec.schedule.stepwise or spec.schedule.exit is not None:
             refuse_graphs(spec.engine, f"schedule={spec.schedule.name} decides on the way what it computes")
         self.own_prompt = "prompt" in spec.sampler.random_phases
