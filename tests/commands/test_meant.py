@@ -103,6 +103,7 @@ def test_a_path_with_an_equals_sign_that_is_not_there(ltts):
         ("tune dtypes={}", ["dtypes={}: must be a list, as in dtypes=[A,B]"]),
         ("cache action=[list]", ["action=['list']: must be text"]),
         ("run schedule=nan", ["schedule=nan: must be one of auto, ", "sequential"]),
+        ("run schedule=null", ["schedule=null: must be one of auto, "]),
         ("run task=[1,2]", ["task=[1,2]: must be one of arith, "]),
         ("run aggregator=[]", ["aggregator: needs a value"]),
         ("run n=null", ["n: needs a value"]),

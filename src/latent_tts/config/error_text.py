@@ -103,7 +103,8 @@ def _describe_config(error: Exception) -> list[str]:
         return [f"{file[1]}.yaml: {lines[0]}" if file else lines[0], *lines[1:]]
     if group := re.match(r"Could not override '(.+?)'\. No match in the defaults list", str(error)):
         return [f"{group[1]}: {sys.argv[0]} has no such group; `{sys.argv[0]} --help` lists its groups and keys"]
-    return [line for line in str(error).splitlines() if line.strip()] if isinstance(error, HydraException) else []
+    of_hydra = isinstance(error, HydraException) or "Config group override must be" in str(error)
+    return [line for line in str(error).splitlines() if line.strip()] if of_hydra else []
 
 
 def _describe_argument(error: Exception) -> list[str]:

@@ -146,7 +146,7 @@ def check_choices(command: str, arguments: Sequence[str]) -> None:
         options, many = option_names(key, places), key in known.lists
         for value in _values(argument):
             is_names = many and isinstance(value, list) and all(isinstance(each, str) for each in value)
-            is_settings = not many and (value is None or (isinstance(value, dict) and key not in nested))
+            is_settings = not many and isinstance(value, dict) and key not in nested
             found = [each for each in value if each in options] if isinstance(value, list) else []
             sweep = f"; -m {key}={','.join(found)} runs a job for each" if len(found) > 1 else ""
             require(
