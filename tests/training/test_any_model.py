@@ -7,7 +7,7 @@ import tiny
 import tiny_gguf
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, OPTConfig, OPTForCausalLM
 
 from latent_tts.checkpoint.loading import name_body
 from latent_tts.engine.head import ModelLogits
@@ -66,6 +66,13 @@ def test_logits_after_latents_are_the_models_own(family, tmp_path):
         vectors_1SD = torch.cat([embed(torch.tensor(prompt)), *fed])[None]
         wanted_AV = lm(inputs_embeds=vectors_1SD, use_cache=False).logits[0, -4:]
         torch.testing.assert_close(logits_QAV[question].log_softmax(-1), wanted_AV.log_softmax(-1), rtol=0, atol=5e-4)
+
+
+def test_a_model_whose_head_does_not_run_alone_is_refused():
+    lm = OPTForCausalLM(OPTConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64,
+                                  word_embed_proj_dim=32))  # fmt: skip
+    with pytest.raises(UsageError, match="init=OPTForCausalLM: training cannot run its head alone"):
+        check_computation(lm)
 
 
 def test_a_model_that_training_does_not_compute_is_refused(tmp_path):

@@ -302,8 +302,10 @@ def test_a_stopped_run_resumes_to_the_same_weights(folders, tmp_path, stop, save
     figures = [[e.get("eval_selection_accuracy") for e in state["log_history"] if "eval_loss" in e] for state in states]
     assert figures[0] == figures[1]
     seen.clear()
-    train(*folders, tmp_path / "stopped", report=lambda done, logged: seen.append(done))
+    _, trainer = train(*folders, tmp_path / "stopped", report=lambda done, logged: seen.append(done))
     assert seen == []
+    assert trainer.state.global_step == 8
+    assert trainer.state.best_global_step == states[1]["best_global_step"]
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", slow("model.safetensors")])

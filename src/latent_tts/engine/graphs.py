@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias, cast
 from weakref import proxy
@@ -240,7 +239,10 @@ class FixedRollouts(RolloutState, Bucket[Passes, Rollouts]):
             left.read()
         if answers:
             self._walk_answers(run, made)
-        return deepcopy(self.finish(self._answers if answers else None))
+        rollouts = self.finish(self._answers if answers else None)
+        # in memory of their own
+        values = {name: value.clone() for name, value in vars(rollouts).items() if isinstance(value, Tensor)}
+        return replace(rollouts, **values)
 
     def _walk_answers(self, run: Callable[[Passes], None], made: int) -> None:
         plan, rows, random = self._plan, self._all, self._hooks.sampler.random_answers

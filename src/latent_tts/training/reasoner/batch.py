@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.engine.head import ModelLogits
 from latent_tts.engine.proof import LOG_PROBABILITIES
-from latent_tts.errors import require
+from latent_tts.errors import bad_value, require
 from latent_tts.random.philox import Stream, key_of, philox
 from latent_tts.training.reasoner.curriculum import Stage, step_results, written_text
 from latent_tts.types import Question
@@ -193,7 +193,7 @@ def check_computation(lm: PreTrainedModel) -> None:
         lm: in float32 on a CPU, in training mode.
 
     Raises:
-        UsageError: log-probabilities differ.
+        UsageError: log-probabilities differ, or its head does not run alone.
     """
     lm.eval()
     embed = cast(nn.Embedding, lm.get_input_embeddings())
@@ -209,7 +209,10 @@ def check_computation(lm: PreTrainedModel) -> None:
     for row, (prompt_L, real_L) in enumerate(zip(embed(prompt_QL), mask_QL == 1, strict=True)):
         vectors_1SD = torch.cat([prompt_L[real_L], fed_QSD[row]])[None]
         wanted_SV = lm(inputs_embeds=vectors_1SD, use_cache=False).logits[0, -fed_QSD.shape[1] :]
-        found_SV = ModelLogits(lm)(hidden_QSD[row])
+        try:
+            found_SV = ModelLogits(lm)(hidden_QSD[row])
+        except AttributeError as error:  # as OPT, whose causal LM calls the decoder in its body
+            raise bad_value("init", type(lm).__name__, f"training cannot run its head alone ({error})") from error
         gaps.append((found_SV.log_softmax(-1) - wanted_SV.log_softmax(-1)).abs().max())
     apart = float(torch.stack(gaps).max())  # NaN if one is
     allowed = f"training does not compute this model as it computes itself: log-probabilities are off by {apart:.1g}"

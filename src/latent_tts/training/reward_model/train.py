@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalPrediction
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
@@ -180,6 +181,7 @@ def train(
         last = last_state(states)
     assert last is not None
     load_parameters(model, best_state(last))
+    trainer.state = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))  # also where training was over before
     return trainer
 
 
