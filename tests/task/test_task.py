@@ -355,7 +355,7 @@ def test_a_list_is_read_in_pieces_and_no_further_than_the_limit(tmp_path):
         ("[]", ": contains no questions"),
         ("[", ": row 1 is not JSON"),
         ('[{"question": "a", "answer": 1}', ": row 1 is not JSON"),
-        ('[{"question": "a", "answer": 1},', ": row 2 is not JSON"),
+        ('[{"question": "a", "answer": 1},', r": row 2 is not JSON \(the closing bracket is missing"),
         ('[{"question": "a", "answer": 1} {"question": "b", "answer": 1}]', ": row 1 is not JSON"),
         ('[{"question": "a", "answer": 1}] more', ": row 2: there is text after the list"),
         ('[{"question": "a", "answer": 1}, 2]', ": row 2 is not a JSON object"),
@@ -414,7 +414,7 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path):
     others["compressed"].write_bytes(gzip.compress(b'{"question": "a", "answer": 1}\n'))
     others["table"].write_bytes(b"\xef\xbb\xbfquestion;answer\r\na;1\r\n")
     for path, why in (
-        (not_gzip, "cannot be read"), (cut, "cannot be read"), (not_text, "is no text in UTF-8"),
+        (not_gzip, "cannot be read"), (cut, "cannot be read"), (not_text, "is no text in UTF-8 .*; save it as UTF-8"),
         (others["parquet"], "is no text in UTF-8 .*; each line must be"),
         (others["compressed"], "is no text in UTF-8 .*; if it is compressed, its name must end in .gz"),
         (others["table"], "line 1 is not JSON .*\neach line must be .*\npandas writes"),

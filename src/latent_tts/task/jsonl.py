@@ -136,7 +136,8 @@ def file_rows(path: str) -> Iterator[Row]:
         raise bad_value(
             "task.path",
             path,
-            f"is no text in UTF-8 ({error}); if it is compressed, its name must end in .gz; {JSON_LINES}",
+            f"is no text in UTF-8 ({error}); save it as UTF-8; if it is compressed, its name must end in .gz; "
+            f"{JSON_LINES}",
         ) from error
     except (OSError, EOFError, zlib.error) as error:
         raise bad_value("task.path", path, f"cannot be read ({error})") from error
@@ -158,7 +159,7 @@ def _list_rows(where: str, file: TextIO, text: str) -> Iterator[Row]:
             row, end = DECODER.raw_decode(text)
             found = AFTER_ROW.match(text, end)
         except (ValueError, RecursionError) as error:
-            problem = str(error)
+            problem = str(error) if text else "the closing bracket is missing"
         if found:
             yield f"{where} {number}", _checked(f"{where} {number}", row)
             text, number = text[found.end() :], number + 1
