@@ -424,6 +424,16 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("before", "words"), [("", "line 100001: "), ('{"question": "a", "answer": 1}', "line 100002: ")]
+)
+def test_blank_lines_without_end_are_refused(tmp_path, before, words):
+    path = tmp_path / "blank.jsonl.gz"
+    path.write_bytes(gzip.compress(before.encode() + b"\n" * 200_000))
+    with pytest.raises(UsageError, match=f"{words}.*more than 100,000 blank lines"):
+        jsonl(str(path)).questions()
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"limit": 0}, r"^task\.limit=0: "),

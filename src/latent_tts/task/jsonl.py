@@ -21,6 +21,7 @@ from latent_tts.text.number import canonical_number
 from latent_tts.types import Question, text_digest
 
 MAX_CHARACTERS = 1_000_000  # per row; the longest row of the published sets has 7,000
+MAX_BLANK = 100_000  # lines in a row: a small .gz may hold very many
 MAX_SHOWN = 100  # characters of a row that an error quotes
 PIECE = 1 << 16  # characters of a JSON list read at once
 ANSWER_NAMES = ("answer", "target", "gold", "solution", "correct", "ground_truth")
@@ -121,11 +122,15 @@ def file_rows(path: str) -> Iterator[Row]:
                 yield from _list_rows(f"task.path={path}: row", file, text[1:])
                 return
             file.seek(0)
+            blank = 0
             for number, text in enumerate(iter(lambda: file.readline(MAX_CHARACTERS + 1), ""), 1):
                 where = f"task.path={path}: line {number}"
                 if len(text) > MAX_CHARACTERS:
                     raise _too_long(where)
-                if text.strip():
+                blank = 0 if text.strip() else blank + 1
+                if blank > MAX_BLANK:
+                    raise UsageError(f"{where}: there are more than {MAX_BLANK:,} blank lines before it")
+                if not blank:
                     try:
                         row = DECODER.decode(text)
                     except (ValueError, RecursionError) as error:
