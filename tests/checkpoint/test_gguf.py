@@ -1,5 +1,7 @@
 """GGUF files as checkpoints: converted once, with the weights and the tokens of the model that they were made of."""
 
+from pathlib import Path
+
 import gguf
 import numpy as np
 import pytest
@@ -9,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from latent_tts.checkpoint import files
 from latent_tts.checkpoint import gguf as gguf_files
-from latent_tts.checkpoint.model_cache import kept_models
-from latent_tts.errors import UsageError
+from latent_tts.checkpoint.model_cache import SOURCE, kept_models
+from latent_tts.errors import RunError, UsageError
 
 TEXTS = ["a  12\n\n3.", "the 2026 heads", "\n\n", "é ☕"]
 
@@ -84,6 +86,31 @@ def test_a_damaged_model_is_removed_and_converted_again(tmp_path, caplog):
     (folder / "model.safetensors").write_bytes(good[:100])
     assert files.digest(files.resolve(f"gguf:{file}")) == digest
     assert "model.safetensors is damaged" in caplog.text
+    caplog.clear()
+    (folder / SOURCE).unlink()  # what it should be is not known
+    assert files.digest(files.resolve(f"gguf:{file}")) == digest
+    assert f"{SOURCE} is damaged" in caplog.text
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("stopped", ["shutil.rmtree", "pathlib.Path.rename"])
+def test_a_damaged_model_whose_removal_fails_is_not_used(tmp_path, monkeypatch, stopped):
+    file = tiny_gguf.write(tmp_path / "model.gguf", tiny_gguf.model())
+    folder = files.resolve(f"gguf:{file}")
+    good = files.digest(folder)
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9] + bytes(9))
+
+    def stop(path, *arguments, **options):
+        if stopped == "pathlib.Path.rename":
+            raise PermissionError(13, "Permission denied")
+        (Path(path) / SOURCE).unlink()  # removed first, as it may happen
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stopped, stop)
+        with pytest.raises((KeyboardInterrupt, RunError)):
+            files.resolve(f"gguf:{file}")
+    assert files.digest(files.resolve(f"gguf:{file}")) == good
 
 
 def test_a_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):

@@ -59,6 +59,14 @@ def test_picks_are_those_that_accuracy_counts(aggregator, drawn):
     np.testing.assert_array_equal(right_Q, picked_accuracy(aggregator, arrays, n))
 
 
+def test_the_support_of_a_pick_does_not_depend_on_the_other_questions():
+    generator = np.random.default_rng(0)
+    arrays = arrays_of(generator.integers(0, 3, (20, 33)), generator.normal(size=(20, 33)))
+    _, support_Q = statistics.supported_picks(Weighted(1.0), arrays)
+    alone = [statistics.supported_picks(Weighted(1.0), arrays.questions(slice(q, q + 1)))[1][0] for q in range(20)]
+    assert support_Q.tolist() == alone
+
+
 @given(rollout_lists(VALUES))
 def test_shares_and_values_are_those_of_the_definitions(drawn):
     arrays = arrays_of(*drawn)

@@ -355,7 +355,7 @@ def test_a_list_is_read_in_pieces_and_no_further_than_the_limit(tmp_path):
         ("[]", ": contains no questions"),
         ("[", ": row 1 is not JSON"),
         ('[{"question": "a", "answer": 1}', ": row 1 is not JSON"),
-        ('[{"question": "a", "answer": 1},', ": row 2 is not JSON"),
+        ('[{"question": "a", "answer": 1},', r": row 2 is not JSON \(the closing bracket is missing"),
         ('[{"question": "a", "answer": 1} {"question": "b", "answer": 1}]', ": row 1 is not JSON"),
         ('[{"question": "a", "answer": 1}] more', ": row 2: there is text after the list"),
         ('[{"question": "a", "answer": 1}, 2]', ": row 2 is not a JSON object"),
@@ -414,13 +414,23 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path):
     others["compressed"].write_bytes(gzip.compress(b'{"question": "a", "answer": 1}\n'))
     others["table"].write_bytes(b"\xef\xbb\xbfquestion;answer\r\na;1\r\n")
     for path, why in (
-        (not_gzip, "cannot be read"), (cut, "cannot be read"), (not_text, "is no text in UTF-8"),
+        (not_gzip, "cannot be read"), (cut, "cannot be read"), (not_text, "is no text in UTF-8 .*; save it as UTF-8"),
         (others["parquet"], "is no text in UTF-8 .*; each line must be"),
         (others["compressed"], "is no text in UTF-8 .*; if it is compressed, its name must end in .gz"),
         (others["table"], "line 1 is not JSON .*\neach line must be .*\npandas writes"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=rf"^task\.path={re.escape(str(path))}: {why}"):
             jsonl(str(path)).questions()
+
+
+@pytest.mark.parametrize(
+    ("before", "words"), [("", "line 100001: "), ('{"question": "a", "answer": 1}', "line 100002: ")]
+)
+def test_blank_lines_without_end_are_refused(tmp_path, before, words):
+    path = tmp_path / "blank.jsonl.gz"
+    path.write_bytes(gzip.compress(before.encode() + b"\n" * 200_000))
+    with pytest.raises(UsageError, match=f"{words}.*more than 100,000 blank lines"):
+        jsonl(str(path)).questions()
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,18 @@ def test_what_hangs_or_breaks_is_given_up_named_once_and_harms_no_later_call(cal
     assert "x+1: no result within 0.15 s; counted as unreadable or wrong" in caplog.text
 
 
+def test_the_reply_to_an_interrupted_call_is_not_taken_for_the_next_one(calls, monkeypatch):
+    def interrupt(pipe, timeout):
+        raise KeyboardInterrupt
+
+    assert calls.call("upper", "a", otherwise=None) == "A"
+    with monkeypatch.context() as patched:
+        patched.setattr(guard.Connection, "poll", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            calls.call("upper", "b", otherwise=None)
+    assert calls.call("upper", "c", otherwise=None) == "C"
+
+
 def test_a_later_run_may_ask_again(calls):
     calls.call("endless", "x", otherwise=None)
     again = Guard(calls.module)

@@ -44,7 +44,7 @@ UNREADABLE = {
                                     "5 January", "5 May"],
     "variables": ["12\u03c0", "12\u03c0 cm\u00b2", "4\u03c0r\u00b2", "2\u03b8", "5C2", "7r2"],
     "powers and signs": ["18^2", "18\u00b2", "18!", "--1", "+-1", "-$-5", "18%%", "x=18", "2x", "18e", "1.2.3", "10^3",
-                         "10\u2075"],
+                         "10\u2075", r"3\times 10^{8}1", "3\u00d710\u20781"],
     "no number": ["", "  ", ".", "$", "%", "apples", "eighteen", "nan", "sNaN", "inf", "-Infinity", "#", "\ufeff",
                   "\u00b2", "\u00bdx"],
     "out of all proportion": ["1e999999", "1e-999999", "1e99999999999999999999", "1e401", "9" * (MAX_LENGTH + 1),

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from latent_tts.errors import RunError
 from latent_tts.types import file_digest, read_object
 
 log = logging.getLogger(__name__)
@@ -62,17 +63,20 @@ def make_once(kind: str, digest: str, source: str, make: Callable[[Path], None])
         digest: of all that it is made of.
         source: what it is made of, for `ltts cache`.
         make: writes it to a folder; if it fails, nothing is left.
+
+    Raises:
+        RunError: a damaged model cannot be removed.
     """
     folder = models_folder() / f"{kind}{KINDS[kind][1]}-{digest}"
-    written = read_object(folder / SOURCE).get("files") or {}
-    damaged = [
-        name
-        for name, wanted in written.items()
-        if not (folder / name).is_file() or file_digest(folder / name) != wanted
-    ]
-    if damaged:
-        log.warning("%s is damaged: its folder is removed, and made anew", folder / damaged[0])
-        shutil.rmtree(folder, ignore_errors=True)
+    if folder.is_dir() and (damaged := _find_damaged(folder)) is not None:
+        log.warning("%s is damaged: its folder is removed, and made anew", folder / damaged)
+        try:
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=PARTIAL) as aside:
+                folder.rename(aside)  # a process that is killed leaves no part of a model under its name
+        except FileNotFoundError:  # another process was first
+            pass
+        except OSError as error:
+            raise RunError(f"{folder} is damaged, and cannot be removed ({error.strerror})") from error
     if not folder.is_dir():
         log.info("%s: converting it, once, to %s", source, folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -93,6 +97,13 @@ def make_once(kind: str, digest: str, source: str, make: Callable[[Path], None])
     with contextlib.suppress(OSError):  # a cache that others own
         os.utime(folder)  # when it was last used
     return folder
+
+
+def _find_damaged(folder: Path) -> str | None:
+    """A file of a kept model that is missing or not as it was written; None if all are."""
+    written = read_object(folder / SOURCE).get("files") or {SOURCE: None}
+    paths = ((folder / name, digest) for name, digest in written.items())
+    return next((path.name for path, digest in paths if not path.is_file() or file_digest(path) != digest), None)
 
 
 def kept_models(cache: Path) -> list[KeptModel]:

@@ -93,9 +93,9 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def write_record(path: Path, record: Mapping[str, Any], indent: int | None = 1) -> None:
-    """Write a JSON-able mapping with its digest; `indent` as in `json.dumps`."""
-    write_text(path, json.dumps({**record, "digest": settings_digest(record)}, indent=indent) + "\n")
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a JSON-able mapping with its digest."""
+    write_text(path, json.dumps({**record, "digest": settings_digest(record)}, indent=1) + "\n")
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

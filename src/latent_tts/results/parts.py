@@ -6,12 +6,15 @@ named, set aside and counts as missing.
 
 from __future__ import annotations
 
+import gzip
+import json
 import logging
 import queue
 import re
 import threading
 import time
 import uuid
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,10 +26,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latent_tts.errors import RunError
-from latent_tts.results.files import bytes_digest, read_record, set_aside, whole_file, write_record, written_in_parts
+from latent_tts.results.files import bytes_digest, set_aside, whole_file, written_in_parts
 from latent_tts.types import Bools, Float32, Int64
 
-PART_SUFFIX, INDEX = ".parquet", "index.json"
+PART_SUFFIX, INDEX = ".parquet", "index.json.gz"
 PART_NAME = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}\.parquet")
 MAX_PART_BYTES = 12 << 20  # in memory; on the disk a part is smaller, and never larger than 16 MB
 MIN_RELEASED_BYTES = 1 << 20  # giving back less takes longer than reading it
@@ -122,7 +125,7 @@ def tables_holding(folder: Path, rows: GatheredRows, columns: list[str]) -> Iter
     Raises:
         RunError: see `whole_parts`.
     """
-    there, known = part_files(folder), read_record(folder / INDEX) or {}
+    there, known = part_files(folder), _read_index(folder / INDEX)
     index = {path.name: known[path.name] for path in there if path.name in known}
     holding = [path for path in there if path.name not in index or rows.any_missing(index[path.name])]
     for path, table in whole_parts(holding, columns):
@@ -131,8 +134,16 @@ def tables_holding(folder: Path, rows: GatheredRows, columns: list[str]) -> Iter
             index[path.name] = [(key, numbers.start, len(numbers)) for key, numbers in runs]
         yield table
     if index != known:
-        with suppress(OSError):  # without it, the parts are read
-            write_record(folder / INDEX, index, indent=None)
+        with suppress(OSError), whole_file(folder / INDEX) as path:  # without it, the parts are read
+            path.write_bytes(gzip.compress(json.dumps(index).encode(), mtime=0))
+
+
+def _read_index(path: Path) -> dict[str, list[tuple[str, int, int]]]:
+    """For each part the runs of rows (row key, first rollout, how many); none where the file is missing or damaged."""
+    try:
+        return json.loads(gzip.decompress(path.read_bytes()))  # which checks a checksum
+    except (OSError, EOFError, ValueError, zlib.error):
+        return {}
 
 
 def whole_parts(paths: Iterable[Path], columns: list[str]) -> Iterator[tuple[Path, pa.Table]]:

@@ -139,9 +139,11 @@ def _supported_picks(aggregator: Aggregator, rollouts: RolloutArrays) -> tuple[I
     else:
         column_DQ, log_weight_DQ, width_Q = _votes(rule, rollouts)
         pick_Q1 = _elect(column_DQ, log_weight_DQ, width_Q, everyone_1D)
-        weight_DQ = _relative_weights(log_weight_DQ)
-        mine_DQ = column_DQ == np.take_along_axis(column_DQ, pick_Q1.T, axis=0)
-        support_Q = (weight_DQ * mine_DQ).sum(0) / np.maximum(weight_DQ.sum(0), np.finfo(np.float64).tiny)
+        # a row per question: sums over columns would depend on how many questions there are
+        weight_QD = np.ascontiguousarray(_relative_weights(log_weight_DQ).T)
+        column_QD = np.ascontiguousarray(column_DQ.T)
+        mine_QD = column_QD == np.take_along_axis(column_QD, pick_Q1, axis=1)
+        support_Q = (weight_QD * mine_QD).sum(1) / np.maximum(weight_QD.sum(1), np.finfo(np.float64).tiny)
     return pick_Q1[:, 0], np.where(pick_Q1[:, 0] >= 0, support_Q, np.nan)
 
 

@@ -21,6 +21,7 @@ from latent_tts.text.number import canonical_number
 from latent_tts.types import Question, text_digest
 
 MAX_CHARACTERS = 1_000_000  # per row; the longest row of the published sets has 7,000
+MAX_BLANK = 100_000  # lines in a row: a small .gz may hold very many
 MAX_SHOWN = 100  # characters of a row that an error quotes
 PIECE = 1 << 16  # characters of a JSON list read at once
 ANSWER_NAMES = ("answer", "target", "gold", "solution", "correct", "ground_truth")
@@ -121,11 +122,15 @@ def file_rows(path: str) -> Iterator[Row]:
                 yield from _list_rows(f"task.path={path}: row", file, text[1:])
                 return
             file.seek(0)
+            blank = 0
             for number, text in enumerate(iter(lambda: file.readline(MAX_CHARACTERS + 1), ""), 1):
                 where = f"task.path={path}: line {number}"
                 if len(text) > MAX_CHARACTERS:
                     raise _too_long(where)
-                if text.strip():
+                blank = 0 if text.strip() else blank + 1
+                if blank > MAX_BLANK:
+                    raise UsageError(f"{where}: there are more than {MAX_BLANK:,} blank lines before it")
+                if not blank:
                     try:
                         row = DECODER.decode(text)
                     except (ValueError, RecursionError) as error:
@@ -136,7 +141,8 @@ def file_rows(path: str) -> Iterator[Row]:
         raise bad_value(
             "task.path",
             path,
-            f"is no text in UTF-8 ({error}); if it is compressed, its name must end in .gz; {JSON_LINES}",
+            f"is no text in UTF-8 ({error}); save it as UTF-8; if it is compressed, its name must end in .gz; "
+            f"{JSON_LINES}",
         ) from error
     except (OSError, EOFError, zlib.error) as error:
         raise bad_value("task.path", path, f"cannot be read ({error})") from error
@@ -158,7 +164,7 @@ def _list_rows(where: str, file: TextIO, text: str) -> Iterator[Row]:
             row, end = DECODER.raw_decode(text)
             found = AFTER_ROW.match(text, end)
         except (ValueError, RecursionError) as error:
-            problem = str(error)
+            problem = str(error) if text else "the closing bracket is missing"
         if found:
             yield f"{where} {number}", _checked(f"{where} {number}", row)
             text, number = text[found.end() :], number + 1

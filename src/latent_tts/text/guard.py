@@ -108,9 +108,9 @@ class _Process:
                 return {"result": self.results[key], "seconds": 0.0}
             if limit <= 0:
                 return LOST
-            if self._running is None or self._running.poll() is not None:
-                self._start()
             try:
+                if self._running is None or self._running.poll() is not None:
+                    self._start()
                 self._pipe.send_bytes(json.dumps({"call": key, "limit": limit}).encode())
                 if not self._pipe.poll(max(MIN_PATIENCE, PATIENCE * limit)):
                     raise TimeoutError
@@ -118,6 +118,9 @@ class _Process:
             except (OSError, EOFError):  # the process hangs or was killed
                 self.stop()
                 return LOST
+            except KeyboardInterrupt:  # the next call would take the reply for its own
+                self.stop()
+                raise
             if "result" in reply:
                 self.results[key] = reply["result"]
             return reply

@@ -51,7 +51,7 @@ PLAIN_WRITING = [(re.compile(pattern), plain) for pattern, plain in (
     (rf"\\(?:text|textrm|textit|mathrm|mathit|mbox|rm)\s*\{{([^{{}}\\\d$]*)\$?((?:{RAISED_UNIT})?)\$?\}}", r" \1\2"),
     (r"\s*\\cdot\s*(?=[^\W\d_])", "\u00b7"),
     (rf"\\[dtc]?frac{ARGUMENT}{ARGUMENT}(?!\s*\d)", r" \1\2/\3\4"),
-    (rf"(?<=[\d.]){TIMES}10\s*\^\s*(?:\{{\s*([+-]?)\s*(\d{{1,9}})\s*\}}|(\d)(?!\d))", r"e\1\2\3"),
+    (rf"(?<=[\d.]){TIMES}10\s*\^\s*(?:\{{\s*([+-]?)\s*(\d{{1,9}})\s*\}}|(\d))(?!\s*\d)", r"e\1\2\3"),
 )]  # fmt: skip
 # units that are shorter than other words, for texts with variables; `ab` and `st` are not among them
 UNIT_NAMES = frozenset(
