@@ -362,8 +362,8 @@ def test_a_command_ends_soon_after_the_process_that_makes_its_machine_a_node(mon
     """Cut off from the cluster, Ray waits for ever."""
     ended, simulated = threading.Event(), SimulatedRay(0)
     with subprocess.Popen(["sleep", "60"]) as process:
-        infos = [("sh", ["ab12"]), ("raylet", ["raylet", "--node_id=other"]), ("raylet", ["raylet", "--node_id=ab12"])]
-        found = [psutil.Process(), psutil.Process(), psutil.Process(process.pid)]
+        infos = [("sh", ["ab12"]), ("raylet", None), ("raylet", ["--node_id=other"]), ("raylet", ["--node_id=ab12"])]
+        found = [*(psutil.Process() for _ in infos[1:]), psutil.Process(process.pid)]
         for each, (name, cmdline) in zip(found, infos, strict=True):
             each.info = {"name": name, "cmdline": cmdline}  # pyright: ignore[reportAttributeAccessIssue]
         monkeypatch.setattr("psutil.process_iter", lambda attrs: found)

@@ -335,7 +335,11 @@ def _connect(address: str | None) -> None:
 def _end_with_node(node: str) -> None:
     """Watch the process that makes this machine a node of Ray: without it a driver waits for ever, so this one ends."""
     found = psutil.process_iter(["name", "cmdline"])
-    raylet = next(each for each in found if each.info["name"] == "raylet" and node in " ".join(each.info["cmdline"]))
+    # None: that of another user, or of a process that has ended and that nobody has waited for
+    lines = ((each, " ".join(each.info["cmdline"] or ())) for each in found if each.info["name"] == "raylet")
+    raylet = next((each for each, line in lines if node in line), None)
+    if raylet is None:  # it is out of sight, as from within a container
+        return
 
     def watch() -> None:
         raylet.wait()
