@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 LESS_MEMORY = " (a smaller engine.rows needs less memory)"
 
 DEVICE = "one of auto, cpu, cuda, cuda:INDEX"  # whether it exists is checked where it is used
-SEED = "0 or more"
+SEED = "a whole number, 0 or more"
 # what moves a terminal's cursor, changes its colours or the direction of text
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff]")
 
@@ -31,7 +31,7 @@ class LatentTTSError(Exception):
 
 
 class UsageError(LatentTTSError):
-    """Something the user wrote is wrong: found before any model is loaded."""
+    """Something the user wrote is wrong; nearly always found before a model is loaded."""
 
     exit_code = 2
 
@@ -107,7 +107,7 @@ def check_fields(group: str, option: object, **kinds: str | Iterable[str]) -> No
 
     Args:
         group: what their keys begin with; empty for keys of a command.
-        option: has them as attributes.
+        option: the object whose attributes are checked.
         **kinds: what each must be: one of `VALUE_KINDS`, maybe followed by `, or null`; or one of some words.
 
     Raises:
@@ -150,7 +150,7 @@ def reason(error: BaseException) -> str:
 def hub_clients(seconds: float = 3.0) -> Iterator[None]:
     """Let the clients of the Hugging Face hub use only what they have on disk if the hub cannot be reached.
 
-    They would try again for a minute. Behind a proxy nothing is changed.
+    Without this, the clients would retry for a minute. Behind a proxy nothing is changed.
 
     Args:
         seconds: how long to wait for the hub.

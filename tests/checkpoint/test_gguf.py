@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from latent_tts.checkpoint import files
 from latent_tts.checkpoint import gguf as gguf_files
-from latent_tts.checkpoint.kept import kept_models
+from latent_tts.checkpoint.model_cache import kept_models
 from latent_tts.errors import UsageError
 
 TEXTS = ["a  12\n\n3.", "the 2026 heads", "\n\n", "é ☕"]

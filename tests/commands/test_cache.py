@@ -13,9 +13,9 @@ import tiny_gguf
 from marks import slow
 from refusal import check
 
-from latent_tts.checkpoint.kept import kept_models
+from latent_tts.checkpoint.model_cache import kept_models
 from latent_tts.commands.cache import size, to_prune
-from latent_tts.pipeline.drawer import Drawer
+from latent_tts.pipeline.worker import Drawer
 from latent_tts.results import report
 from latent_tts.results.cache import CacheEntry, cache_entries
 from latent_tts.types import file_digest

@@ -111,7 +111,7 @@ def test_a_path_with_an_equals_sign_that_is_not_there(ltts):
         ("run model.trained_latents=3", ["model.trained_latents=3: must be a mapping"]),
         ("run model.name={}", ["model.name={}: must be text"]),
         ("run model.revision=[1]", ["model.revision=[1]: must be text"]),
-        ("train-rm seed=-1", ["seed=-1: must be 0 or more"]),
+        ("train-rm seed=-1", ["seed=-1: must be a whole number, 0 or more"]),
         ("run =3", ["=3: not of the form key=value"]),
         ("collect ~nosuchuser/x", ["no home folder"]),
         ("collect =", ["=: not of the form key=value"]),
@@ -125,7 +125,7 @@ def test_a_path_with_an_equals_sign_that_is_not_there(ltts):
         ("run keep_latents=maybe", ["keep_latents=maybe: must be true or false"]),
         ("run paths.cache=", ["paths.cache=: must be a folder"]),
         ("tune dtypes=fp32", ["dtypes: must be a list, as in dtypes=[A,B]"]),
-        ("run seed=-1", ["seed=-1: must be 0 or more"]),
+        ("run seed=-1", ["seed=-1: must be a whole number, 0 or more"]),
     ],
 )
 def test_a_line_of_which_the_meaning_can_be_told(ltts, line, words):

@@ -87,7 +87,7 @@ def test_each_job_of_a_sweep_is_judged_on_its_own(compared):
     accuracy, run = compared
     unknown = run(accuracy, "model.name=mine,codi")
     assert unknown.code == 1
-    assert "no figure is known of mine on pens/test" in unknown.err
+    assert "no figure is known for mine on pens/test" in unknown.err
     assert unknown.out.count("conforms") == 1
     assert unknown.last.is_file()
 
@@ -121,8 +121,8 @@ def test_the_tolerance_includes_its_ends(value, conforms):
     [
         ({"sampler": "gaussian"}, "greedy runs"),
         ({"n": 4}, "greedy runs"),
-        ({"task": "u"}, "no figure is known of m on u/test; known are m on t/test"),
-        ({"split": "valid"}, "no figure is known of m on t/valid"),
+        ({"task": "u"}, "no figure is known for m on u/test; known are m on t/test"),
+        ({"split": "valid"}, "no figure is known for m on t/valid"),
         ({"questions": 20}, "100 questions, the run had 20"),
     ],
 )

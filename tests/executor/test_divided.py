@@ -17,7 +17,7 @@ from marks import slow
 from latent_tts.engine.diversity import DirectionSums
 from latent_tts.executor import Finished
 from latent_tts.executor.ray import Ray
-from latent_tts.pipeline import drawer
+from latent_tts.pipeline import worker as drawing_worker
 from latent_tts.results.parts import part_files, write_part
 
 
@@ -46,7 +46,7 @@ class Workers:
             del self._workers[worker]
             return Finished(worker, None, 0.0, lost=True)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(drawer, "directions_of", lambda latents: self._sums[worker])
+            patch.setattr(drawing_worker, "directions_of", lambda latents: self._sums[worker])
             result = self._workers[worker].compute(pickle.loads(shard))
         seconds = sum(len(job.rollouts) for job in pickle.loads(shard).jobs) * (worker + 1) / 10
         return Finished(worker, pickle.loads(pickle.dumps(result)), seconds)
@@ -61,7 +61,7 @@ def pools(monkeypatch):
         opened.append(Workers(work, **wanted))
         return opened[-1]
 
-    drawer.directions_of.cache_clear()  # of the runs before, which the same process drew
+    drawing_worker.directions_of.cache_clear()  # of the runs before, which the same process drew
     monkeypatch.setattr(Ray, "check", lambda executor, device: None)
     monkeypatch.setattr(Ray, "open", open_pool)
     return opened, wanted

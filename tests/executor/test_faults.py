@@ -42,7 +42,7 @@ os.fsync = lambda descriptor: None  # no test loses power, and a busy disk takes
 
 class Recorder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name != "latent_tts.pipeline.drawer" or "SHARDS" not in os.environ:
+        if name != "latent_tts.pipeline.worker" or "SHARDS" not in os.environ:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

@@ -28,6 +28,7 @@ from latent_tts.search.independent import Independent
 @dataclass(frozen=True)
 class Shifted(Independent):
     '''Independent rollouts with an option.'''
+    name = "shifted"
     shift: int = 0
 """
 
@@ -143,11 +144,13 @@ def test_helpers_in_other_folders_of_the_path_and_classes_of_values_count(addon,
     assert digests() == first
 
 
-def test_an_option_of_a_search_without_a_scorer_is_part_of_the_key(addon, run):
+def test_a_search_without_a_scorer_is_part_of_the_key_and_named_in_the_table(addon, run):
     (addon / "noise_helper.py").write_text(SEARCH)
     line = ["search._target_=noise_helper.Shifted"]
-    caches = [record_of(run(*line, *shift))["cache"] for shift in ([], ["+search.shift=1"])]
-    assert len({*caches, record_of(run())["cache"]}) == 3
+    runs = [run(*line), run(*line, "+search.shift=1"), run()]
+    assert len({record_of(each)["cache"] for each in runs}) == 3
+    tables = [pd.read_csv(each.last, keep_default_na=False) for each in runs]
+    assert [table["search"].iloc[0] for table in tables] == ["shifted", "shifted", ""]
 
 
 def test_what_this_package_draws_and_scores_with_is_part_of_the_key(monkeypatch, tmp_path):

@@ -15,11 +15,10 @@ import torch
 from latent_tts.engine.cost import Shape
 from latent_tts.engine.diversity import DirectionSums
 from latent_tts.engine.rollout import Engine, RolloutState
-from latent_tts.pipeline import drawing
-from latent_tts.pipeline.drawer import Computed, Part, Request
-from latent_tts.pipeline.drawing import Driver
-from latent_tts.pipeline.models import rows_per_batch
+from latent_tts.pipeline.batch import rows_per_batch
+from latent_tts.pipeline.driver import Driver
 from latent_tts.pipeline.spec import EngineSettings
+from latent_tts.pipeline.worker import Computed, Part, Request
 from latent_tts.results.annotations import AnnotationFolder
 from latent_tts.results.cache import known_to_fit
 from latent_tts.results.run_folder import ROLLOUT_COLUMNS
@@ -151,7 +150,7 @@ def test_a_cached_rollout_takes_at_most_300_bytes(tmp_path):
 def test_what_fits_is_remembered_for_the_memory_of_the_worker_that_said_it(monkeypatch, tmp_path):
     parts = [Part([], None), Part([], None)]
     done = [Computed(parts[:1], fits={"small": 5}), Computed(parts[1:])]
-    monkeypatch.setattr(drawing, "results_of", lambda *_: [([], each) for each in done])
+    monkeypatch.setattr("latent_tts.pipeline.driver.results_of", lambda *_: [([], each) for each in done])
     driver = Driver.__new__(Driver)
     driver.spec = SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
         executor=SimpleNamespace(in_process=False, fixed=False), budget=SimpleNamespace(adaptive=False), cache=tmp_path,

@@ -20,7 +20,7 @@ from latent_tts.sampler.greedy import Greedy
 from latent_tts.schedule import Counts
 from latent_tts.schedule.jacobi import Jacobi
 from latent_tts.schedule.speculative import Speculative
-from latent_tts.training.draft import Thinker, relative_errors, train_draft
+from latent_tts.training.draft import LatentDrawer, relative_errors, train_draft
 from latent_tts.types import Question
 
 IN_THOUGHTS = Dropout(0.2, "residual_embedding", ["thoughts"], "fresh")
@@ -110,16 +110,16 @@ def test_training_makes_predictions_better(stop_id):
     def encode(question):
         return [(int(question.id) * place + place) % 60 for place in range(3, 9)]
 
-    thinker = Thinker(engine, encode, NOISE, 0)
+    drawer = LatentDrawer(engine, encode, NOISE, 0)
     valid, losses = [question(number) for number in range(1000, 1020)], []
     heads = [
         train_draft(
-            thinker, iter(map(question, range(1, 900))), updates=updates, batch=16, lr=3e-3, seed=0,
+            drawer, iter(map(question, range(1, 900))), updates=updates, batch=16, lr=3e-3, seed=0,
             report=lambda _, loss: losses.append(loss),
         )
         for updates in (1, 30)
     ]  # fmt: skip
-    before, after = (relative_errors(head, thinker, valid) for head in heads)
+    before, after = (relative_errors(head, drawer, valid) for head in heads)
     assert len(after) == 3
     assert after[0] < 0.9 * before[0]
     assert losses[-1] < losses[0]

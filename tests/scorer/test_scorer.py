@@ -19,9 +19,9 @@ from safetensors.numpy import load_file
 from latent_tts.engine.cost import Rates
 from latent_tts.errors import UsageError
 from latent_tts.model.coconut import Coconut
-from latent_tts.pipeline import drawer
+from latent_tts.pipeline import worker
 from latent_tts.pipeline.batch import BatchScorer, batch_table
-from latent_tts.pipeline.drawing import jobs_of, split_by_offset
+from latent_tts.pipeline.driver import jobs_of, split_by_offset
 from latent_tts.pipeline.scores import CachedScores, reduce_scores, score_positions
 from latent_tts.pipeline.spec import EngineSettings
 from latent_tts.results.cache import MEASURED, SCORE_SCHEMA
@@ -272,12 +272,12 @@ def test_latents_are_thought_again_for_another_scorer_and_to_be_kept(run, cached
 
 @pytest.mark.slow  # the next test grows n too
 def test_each_n_of_a_sweep_gives_the_diversity_that_it_gives_alone(run, monkeypatch):
-    drawer.directions_of.cache_clear()
+    worker.directions_of.cache_clear()
     run("n=2", "sampler=gaussian", "scorer=none", "engine.rows=7")
     for n in (3, 6):
         alone = run(f"n={n}", f"paths.cache=alone{n}", "sampler=gaussian", "scorer=none")
         if n == 6:  # as another process would
-            drawer.directions_of.cache_clear()
+            worker.directions_of.cache_clear()
         grown = run(f"n={n}", "sampler=gaussian", "scorer=none", "engine.rows=7")
         assert "compute again" not in grown.err
         found, expected = (value(tables(each)[1], "diversity", n=n) for each in (grown, alone))
@@ -291,7 +291,7 @@ def test_sums_of_directions_that_are_lost_are_computed_again(run, monkeypatch, d
     run(*line, "n=3")
     (kept,) = Path("cache").rglob("*.sums")
     damage(kept)
-    drawer.directions_of.cache_clear()  # as another process would
+    worker.directions_of.cache_clear()  # as another process would
     grown = run(*line, "n=6")
     assert "latents of 18 cached rollouts to compute again, for diversity" in grown.err
     found, expected = (value(tables(each)[1], "diversity", n=6) for each in (grown, whole))

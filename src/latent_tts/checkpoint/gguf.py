@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from latent_tts.checkpoint.kept import make_once, models_folder
+from latent_tts.checkpoint.model_cache import make_once, models_folder
 from latent_tts.errors import UsageError, bad_value, is_whole, require
 from latent_tts.types import file_digest
 

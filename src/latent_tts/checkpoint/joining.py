@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latent_tts.checkpoint import files, gguf
-from latent_tts.checkpoint.kept import make_once
+from latent_tts.checkpoint.model_cache import make_once
 from latent_tts.errors import RunError, UsageError, bad_value, is_number, is_whole, require
 from latent_tts.types import file_digest, file_sha256
 

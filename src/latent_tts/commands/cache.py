@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from omegaconf import DictConfig
 
-from latent_tts.checkpoint.kept import KeptModel, kept_models
+from latent_tts.checkpoint.model_cache import KeptModel, kept_models
 from latent_tts.errors import bad_value, is_number, require
 from latent_tts.pipeline.keys import is_current
 from latent_tts.results import report

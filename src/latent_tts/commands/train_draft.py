@@ -48,15 +48,15 @@ def main(cfg: DictConfig) -> None:
         from latent_tts.engine.draft import save_draft
         from latent_tts.engine.rollout import Engine
         from latent_tts.pipeline.models import find_device, load_reasoner, rollout_plan
-        from latent_tts.training.draft import Thinker, relative_errors, train_draft
+        from latent_tts.training.draft import LatentDrawer, relative_errors, train_draft
 
         loaded = Engine(load_reasoner(adapter, engine, find_device(engine)), rollout_plan(adapter, 1))
-        thinker = Thinker(loaded, adapter.encode, sampler, cfg.seed)
+        drawer = LatentDrawer(loaded, adapter.encode, sampler, cfg.seed)
         head = train_draft(
-            thinker, stream, updates=cfg.updates, batch=cfg.batch, lr=cfg.lr, seed=cfg.seed,
+            drawer, stream, updates=cfg.updates, batch=cfg.batch, lr=cfg.lr, seed=cfg.seed,
             report=lambda done, loss: bar.show(done, f"loss {loss:.3f}"),
         )  # fmt: skip
-        errors = relative_errors(head, thinker, valid)
+        errors = relative_errors(head, drawer, valid)
         with whole_file(output / FILE) as path:
             save_draft(head, path, DraftRecord(adapter.digest, adapter.latents, loaded.width))
     report.print_table(

@@ -24,7 +24,7 @@ from latent_tts.results.run_folder import METRICS, read_metrics
 
 @dataclass(frozen=True)
 class KnownFigure:
-    """A greedy accuracy that others measured.
+    """A known greedy accuracy, published or measured.
 
     Attributes:
         model, task, split: as the tables call them.
@@ -51,10 +51,10 @@ class KnownFigure:
 
 
 def find_known(metrics: pd.DataFrame, figures: Sequence[KnownFigure]) -> tuple[pd.Series, KnownFigure]:
-    """The row of a run's greedy accuracy in its table, and the figure that is known of it.
+    """The row of a run's greedy accuracy in its table, and the known figure for it.
 
     Raises:
-        RunError: the run was not greedy, no figure is known of it, or it had other questions.
+        RunError: the run was not greedy, no figure is known for it, or it had other questions.
     """
     rows = metrics[(metrics["metric"] == "accuracy") & (metrics["n"] == 1)]
     if rows.empty or rows["sampler"].iloc[0] != "greedy":
@@ -63,13 +63,13 @@ def find_known(metrics: pd.DataFrame, figures: Sequence[KnownFigure]) -> tuple[p
     found = [f for f in figures if (f.model, f.task, f.split) == (row["model"], row["task"], row["split"])]
     if not found:
         raise RunError(
-            f"conformance: no figure is known of {row['model']} on {row['task']}/{row['split']}; known are "
+            f"conformance: no figure is known for {row['model']} on {row['task']}/{row['split']}; known are "
             f"{', '.join(map(str, figures)) or 'none'}"
         )
     if row["questions"] != found[0].questions:
         raise RunError(
-            f"conformance: the figure of {found[0]} is of {found[0].questions} questions, the run had "
-            f"{row['questions']}; so they were not compared"
+            f"conformance: {found[0]} was measured on {found[0].questions} questions, the run had {row['questions']}; "
+            "they were not compared"
         )
     return row, found[0]
 
@@ -81,7 +81,7 @@ class Conformance(Callback):
         self.known = [KnownFigure(**dict(figure)) for figure in known]
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Print expected and found accuracy, then the path of the metrics once more, since it ends every output."""
+        """Print expected and found accuracy, then the path of the metrics again: every output ends with it."""
         if job_return.status is not JobStatus.COMPLETED:
             return
         path = from_here(Path(config.hydra.runtime.output_dir)) / METRICS
@@ -94,7 +94,7 @@ class Conformance(Callback):
             )
             report.print_table(
                 f"conformance: {known}, greedy, {known.questions} questions ({known.source})",
-                ["expected %", "tolerance", "found %", "95 % interval", "verdict"],
+                ["expected %", "tolerance, points", "found %", "95 % interval", "verdict"],
                 [[expected, tolerance, found, f"[{low}, {high}]", "conforms" if conforms else "DIFFERS"]],
             )
             print(path)

@@ -38,7 +38,7 @@ def recorded(group: str, node: object, *given: DictConfig) -> DictConfig:
         given: configs of this command; classes that they name are allowed.
 
     Raises:
-        UsageError: it describes no option, or one that is not known here.
+        UsageError: it describes no option, or one that is not known here, or has interpolations or `_args_`.
     """
     if not isinstance(node, Mapping):
         raise UsageError(f"{group}: not the record of an option, but {str(node)[:60]!r}")
@@ -63,10 +63,10 @@ def recorded(group: str, node: object, *given: DictConfig) -> DictConfig:
 
 
 def recorded_run(record: Mapping[str, Any], cfg: DictConfig, own: Collection[str] = ()) -> Any:
-    """The config of a run as its `run.json` has it, its options safe to `build`; what is no option is text.
+    """The config of a run as its `run.json` has it, its options safe to `build`; other values are literal text.
 
-    Device and rows are those of this command if it has them; nothing is computed by others. The cache is the run's,
-    where that is there, or else that of a run today.
+    Device and rows are those of this command if it has them, and it computes in its own process. The cache is the
+    run's if that exists, or else the default one.
 
     Args:
         record: the `run.json`.
@@ -102,7 +102,7 @@ def aggregator_builder(*given: DictConfig) -> Callable[[str, Mapping[str, Any]],
 def finish_sweep(folder: Path, jobs: Sequence[sweep.SweepJob], configs: Sequence[DictConfig]) -> None:
     """Join the tables of a sweep's jobs, which ran with these configs, and print what was written.
 
-    The sweeper calls it for the commands that have this name.
+    The sweeper calls it for commands that define `finish_sweep`.
     """
     sweep.finish(folder, jobs, aggregator_builder(*configs))
 
@@ -128,7 +128,7 @@ def _parts(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _targets_of(group: str) -> frozenset[str]:
-    """What the YAML files of this command's config folders name: in the package's own, the files of the group alone."""
+    """The `_target_`s in the YAML files of the config folders; in the package's own, only in those of the group."""
     sources = GlobalHydra.instance().config_loader().get_sources()
     others = [each for each in sources if each.provider not in ("hydra", "schema") and each.path != conf_dir()]
     return _own_targets(group).union(*map(_targets_of_source, others))

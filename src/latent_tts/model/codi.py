@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
+from latent_tts.text.number import without_commas
 from latent_tts.types import Reasoner
 
 PROJECTOR = "projector."
@@ -40,7 +41,7 @@ class Codi(CheckpointAdapter):
 
         As in the official evaluation, `5-2=3` gives `3` and `x-3` gives `-3`.
         """
-        numbers = re.findall(r"-?\d+\.?\d*", answer_text.replace(",", ""))
+        numbers = re.findall(r"-?\d+\.?\d*", without_commas(answer_text))
         return numbers[-1] if numbers else None
 
     def load(self, *, device: str, dtype: str) -> Reasoner:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from latent_tts.checkpoint import files
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import check_fields, is_number, require
+from latent_tts.text.number import without_commas
 from latent_tts.types import Question, Reasoner
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class Colar(CheckpointAdapter):
 
         The official rule keeps commas and cannot read `1,234`; here they are removed on purpose, as for CODI.
         """
-        return self.answer_span(answer_text.replace(",", ""))
+        return self.answer_span(without_commas(answer_text))
 
     def load(self, *, device: str, dtype: str) -> Reasoner:
         """Load the weights (imports torch)."""

@@ -1,4 +1,4 @@
-"""A batch of rollouts: its latents scored, and its columns as parts of the cache have them."""
+"""A batch of rollouts: how many rows it has, its latents scored, and its columns as parts of the cache have them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,27 @@ from torch import Tensor
 
 from latent_tts.engine.cost import PassCost, Rates, Shape
 from latent_tts.engine.device import peak_bytes, reset_peak_bytes, synchronized_seconds
-from latent_tts.engine.packing import RolloutJob, question_ids, require_finite
+from latent_tts.engine.packing import RolloutJob, default_rows, question_ids, require_finite, rows_that_fit
 from latent_tts.engine.rollout import Rollouts
 from latent_tts.engine.scoring import LatentScorer
 from latent_tts.pipeline.keys import score_key
 from latent_tts.pipeline.models import load_scorer_of, open_scorer
-from latent_tts.pipeline.spec import RunSpec
+from latent_tts.pipeline.spec import EngineSettings, RunSpec
 from latent_tts.results.cache import MEASURED, NOT_DECODED
 from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import ragged
 
 log = logging.getLogger(__name__)
 Columns: TypeAlias = dict[str, Any]  # by name: an Arrow array, or one value for all rows
+
+
+def rows_per_batch(engine: EngineSettings, shape: Shape, bytes_per_row: int, device: str, *, own_prompt: bool) -> int:
+    """`engine.rows`, or what suits the model's width; fewer where they do not fit memory, the former with a warning."""
+    wanted = engine.rows or default_rows(shape.width, device, own_prompt)
+    rows = rows_that_fit(wanted, bytes_per_row, device)
+    if engine.rows is not None and rows < wanted:
+        log.warning("engine.rows: %d rows do not fit half of the free memory, %d do", wanted, rows)
+    return rows
 
 
 def batch_table(schema: pa.Schema, batch: Sequence[RolloutJob], columns: Columns) -> pa.Table:

@@ -11,7 +11,14 @@ from typing import Any
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import bad_value
-from latent_tts.pipeline.code import DRAWING, FIELDS_NOT_IN_KEY, PACKAGE, SCORING, code_digests, computed_attributes
+from latent_tts.pipeline.code import (
+    DRAWING,
+    FIELDS_NOT_IN_KEY,
+    PACKAGE,
+    SCORING,
+    code_digests,
+    computed_attributes,
+)
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.types import Computation

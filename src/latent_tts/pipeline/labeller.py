@@ -13,9 +13,10 @@ from latent_tts.engine.packing import row_bytes
 from latent_tts.engine.rollout import Engine
 from latent_tts.executor import Work
 from latent_tts.pipeline.annotation_spec import AnnotationSpec, QuestionToLabel
+from latent_tts.pipeline.batch import rows_per_batch
 from latent_tts.pipeline.code import DRAWING
 from latent_tts.pipeline.dispatch import Unit
-from latent_tts.pipeline.models import find_device, load_reasoner, refuse_graphs, rollout_plan, rows_per_batch
+from latent_tts.pipeline.models import find_device, load_reasoner, refuse_graphs, rollout_plan
 from latent_tts.pipeline.spec import reserved_positions
 from latent_tts.pipeline.worker_checks import work_of
 from latent_tts.types import Computation, LabelledQuestion, UnmixedQuestion

@@ -1,4 +1,4 @@
-"""Loaded models, kept for the next job of a sweep; the device they are on, and the rows of a batch that fit it."""
+"""Loaded models, kept for the next job of a sweep; the device they are on."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from typing import Any
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.engine import quantization
-from latent_tts.engine.cost import Shape
 from latent_tts.engine.device import is_gpu, resolve_device
 from latent_tts.engine.draft import DraftHead
 from latent_tts.engine.graph_scoring import GraphScorer
 from latent_tts.engine.graphs import GraphEngine
-from latent_tts.engine.packing import default_rows, rows_that_fit
 from latent_tts.engine.proof import prove_reasoner, prove_reward_model
 from latent_tts.engine.recording import ROLLOUTS_SHARE, SCORES_SHARE, Recordings
 from latent_tts.engine.rollout import SEQUENTIAL, Engine, RolloutPlan
@@ -139,15 +137,6 @@ def find_device(engine: EngineSettings) -> str:
     if engine.quantize is not None:
         quantization.check_products(engine.quantize, device)
     return device
-
-
-def rows_per_batch(engine: EngineSettings, shape: Shape, bytes_per_row: int, device: str, *, own_prompt: bool) -> int:
-    """`engine.rows`, or what suits the model's width; fewer where they do not fit memory, the former with a warning."""
-    wanted = engine.rows or default_rows(shape.width, device, own_prompt)
-    rows = rows_that_fit(wanted, bytes_per_row, device)
-    if engine.rows is not None and rows < wanted:
-        log.warning("engine.rows: %d rows do not fit half of the free memory, %d do", wanted, rows)
-    return rows
 
 
 def open_recordings(settings: EngineSettings, device: str, share: float) -> Recordings | None:

@@ -176,7 +176,7 @@ def gather_rollouts(
             break
     else:
         check_writable(spec.cache)
-        from latent_tts.pipeline.drawing import find_computations
+        from latent_tts.pipeline.driver import find_computations
 
         ways = find_computations(spec, scored=spec.guided)
         cache = RolloutCache(spec.cache, key_of(spec, *ways), {"name": spec.adapter.name})
@@ -235,7 +235,7 @@ class CachedRollouts:
         """Keep the scores that are complete, however they were computed, or those of the way that serves now."""
         found = [each for each in self.scores if each.rows.missing().empty]
         if self.scores and not found:
-            from latent_tts.pipeline.drawing import find_computations
+            from latent_tts.pipeline.driver import find_computations
 
             _, way = find_computations(spec, scored=True)
             found = [each for each in self.scores if way is not None and each.computation.attention == way.attention]
@@ -261,7 +261,7 @@ class CachedRollouts:
         if scores is not None:
             unscored = len(scores.rows.missing())
         if len(missing):
-            from latent_tts.pipeline.drawing import draw
+            from latent_tts.pipeline.driver import draw
 
             # official positions need all answers first
             at_once = scores is not None and spec.scorer is not None and spec.scorer.positions == "correct"
@@ -277,7 +277,7 @@ class CachedRollouts:
         to_score = scores.rows.missing() if scores is not None else missing.iloc[:0]
         to_keep = self.rows.wanted.drop(missing.index) if keep is not None else missing.iloc[:0]
         if len(to_score) or len(to_keep):
-            from latent_tts.pipeline.drawing import recompute_latents
+            from latent_tts.pipeline.driver import recompute_latents
 
             score_cache = scores.open() if scores is not None and len(to_score) else None
             timeline += recompute_latents(spec, score_cache, to_score, offsets, to_keep, keep)

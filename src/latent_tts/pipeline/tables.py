@@ -300,7 +300,7 @@ def run_columns(spec: RunSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
         "sampler_value": "" if sampler.value is None else str(sampler.value),
         "settings": ",".join(f"{key}={value}" for key, value in sorted(shown.items())),
         "schedule": spec.schedule.name,
-        "search": spec.search.name if spec.guided else "",
+        "search": "" if spec.search.name == "independent" else spec.search.name,
         "budget": spec.budget.label if is_adaptive(spec.budget) else spec.budget.name,
         "scorer": "" if scorer is None else scorer.name,
         "seed": str(spec.seed),

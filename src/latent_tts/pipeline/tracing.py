@@ -18,13 +18,13 @@ from latent_tts.engine.dependencies import PlainRecurrence, find_dependencies
 from latent_tts.engine.lens import read_latents
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.errors import LESS_MEMORY, UsageError, computing
-from latent_tts.pipeline.drawer import Drawer, places_of
-from latent_tts.pipeline.drawing import jobs_of
+from latent_tts.pipeline.driver import jobs_of
 from latent_tts.pipeline.models import find_device, refuse_graphs
 from latent_tts.pipeline.rollouts import RunRollouts, draw_rollouts
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.pipeline.tables import answer_lines, rollout_table
 from latent_tts.pipeline.trace_spec import TraceSpec, sampler_text, shown_settings
+from latent_tts.pipeline.worker import Drawer, places_of
 from latent_tts.results.cache import known_to_fit
 from latent_tts.results.run_folder import COUNT_COLUMNS
 from latent_tts.results.trace import (

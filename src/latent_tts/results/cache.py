@@ -1,4 +1,4 @@
-"""The cache: rollouts and step scores kept across runs, a folder per key. Latents are not in it: see `drawing`."""
+"""The cache: rollouts and step scores kept across runs, a folder per key; without latents (see `pipeline.worker`)."""
 
 from __future__ import annotations
 

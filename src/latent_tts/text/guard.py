@@ -1,11 +1,11 @@
 """Calls of third-party code in a process that can be killed.
 
 The first call starts the process, which serves all runs of the command. It imports the code once and answers calls in
-a fork, so a call that must be killed costs only milliseconds.
+a forked child, so that killing a call costs only milliseconds.
 
 Time limits are in processor seconds, so that a busy machine does not change results; a slow processor may still give up
-a call that a fast one answers. Calls that were given up are logged and counted
-(`Guard.given_up`), and stay given up for the rest of the run.
+a call that a fast one answers. Calls that were given up are counted (`Guard.given_up`),
+the first few are logged, and all stay given up for the rest of the run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SECONDS_PER_CALL = 0.1
 MAX_NAMED = 3  # calls given up that are logged one by one
 MEMORY = 4 << 30  # bytes of address space
 START_SECONDS = 120.0  # limit of the start, which imports sympy or transformers
-PATIENCE, MIN_PATIENCE = 20.0, 30.0  # wall-clock limit: the larger of PATIENCE * limit and these seconds
+PATIENCE, MIN_PATIENCE = 20.0, 30.0  # wall-clock limit: max(PATIENCE * limit, MIN_PATIENCE) seconds
 LOST = {"lost": True}
 START = (
     "import json, sys; sys.path[:], *arguments = json.loads(sys.argv[1]); "
@@ -158,7 +158,7 @@ _processes: dict[str, _Process] = {}
 
 
 def process_of(module: str) -> _Process:
-    """The process that calls functions of a module; it starts with the first call."""
+    """The process in which the functions of a module run; it starts with the first call."""
     found = _processes.get(module)
     if found is None or found.owner != os.getpid():  # a fork of this process needs its own pipe
         found = _processes[module] = _Process(module)

@@ -84,6 +84,11 @@ GLUED_LETTERS = 2  # more letters that a unit needs right after a digit, where l
 MAGNITUDE = re.compile(r"(?<![A-Za-z])(?:hundred|thousand|million|billion|trillion|dozen)s?(?![A-Za-z])", re.I)
 
 
+def without_commas(text: str) -> str:
+    """The text without commas, as the evaluations of CODI and CoLaR read it: `1,234` is 1234, and `1,8` is 18."""
+    return text.replace(",", "")
+
+
 def tidy(raw: str) -> str:
     """The text on one line in ASCII digits and minus signs: single spaces, fractions and scripts written out."""
     text = VULGAR.sub(_plain_fraction, SCRIPT.sub(_plain_script, INVISIBLE.sub("", raw)))

@@ -17,12 +17,12 @@ from latent_tts.text.guard import process_of
 
 MAX_CHARACTERS = 1 << 20  # of a rendered prompt
 SECONDS = 2.0
-TODAY = datetime(2024, 7, 26)  # for templates that write the date: a prompt must be the same tomorrow. Llama's default
+TODAY = datetime(2024, 7, 26)  # the date that templates see: a prompt must be the same tomorrow
 QUESTION = re.compile(r"\{\{-?\s*question\b")  # the place of the question
 
 
 def render_prompt(template: str, question: str, tokens: Mapping[str, str]) -> str:
-    """A question as a template writes it: as `question`, and as the only message, of the user, in `messages`.
+    """Render a template with the question as `question`, and as the only message, the user's, in `messages`.
 
     Args:
         template: Jinja.
@@ -30,8 +30,8 @@ def render_prompt(template: str, question: str, tokens: Mapping[str, str]) -> st
         tokens: variables for special tokens, such as `bos_token`.
 
     Raises:
-        ValueError: it is no template, it refuses the question, or the result takes too much time or memory, or is too
-            long; the message says which.
+        ValueError: the template is invalid or refuses the question, or the result takes too much time or memory, or is
+            too long; the message says which.
     """
     reply = process_of(__name__).ask(("render", template, question, json.dumps(dict(tokens))), SECONDS)
     result = reply.get("result", {"error": f"it takes more than {SECONDS:g} s, or too much memory"})
@@ -41,7 +41,7 @@ def render_prompt(template: str, question: str, tokens: Mapping[str, str]) -> st
 
 
 def warm_up() -> None:
-    """Import what `render` needs and stop its clock, in the process that renders."""
+    """Import what `render` needs and freeze the date that templates see, in the process that renders."""
     from transformers.utils import chat_template_utils
 
     utils: Any = chat_template_utils

@@ -22,7 +22,7 @@ VALID_BATCH, WARMUP = 64, 20
 
 
 @dataclass(frozen=True)
-class Thoughts:
+class LatentBatch:
     """The latents of rollouts, and the states of their prompts.
 
     Attributes:
@@ -37,7 +37,7 @@ class Thoughts:
     lengths_R: Tensor
 
     @property
-    def known_RS(self) -> Tensor:
+    def present_RS(self) -> Tensor:
         """Which of h_2..h_T a row has."""
         return torch.arange(1, self.latents_RTD.shape[1], device=self.steps_R.device) < self.steps_R[:, None]
 
@@ -47,17 +47,17 @@ class Thoughts:
         predicted_RSD = head(self.latents_RTD[:, 0], self.prompt_RLD, self.lengths_R)
         difference_RS = (predicted_RSD - wanted_RSD).square().sum(-1)
         size_RS = wanted_RSD.square().sum(-1)
-        return torch.where(self.known_RS, difference_RS / size_RS.where(self.known_RS, 1.0), 0.0)
+        return torch.where(self.present_RS, difference_RS / size_RS.where(self.present_RS, 1.0), 0.0)
 
 
-class Thinker:
+class LatentDrawer:
     """Draws one rollout of each question, as far as its latents."""
 
     def __init__(self, engine: Engine, encode: Callable[[Question], list[int]], sampler: Sampler, seed: int) -> None:
         self.engine, self.encode, self.sampler, self.seed = engine, encode, sampler, seed
 
     @torch.no_grad()
-    def think(self, questions: Sequence[Question]) -> Thoughts:
+    def draw(self, questions: Sequence[Question]) -> LatentBatch:
         """The latents of a batch."""
         engine = self.engine
         numbers_Q1 = torch.zeros(len(questions), 1, dtype=torch.long, device=engine.device)
@@ -65,11 +65,11 @@ class Thinker:
         with SiteHooks(engine.lm, self.sampler) as hooks:
             state = RolloutState.start(engine, list(map(self.encode, questions)), draw, hooks, keep_states=True)
             state.make_latents()
-        return Thoughts(state.latents_RTD, state.steps_R, *state.prompt_states())
+        return LatentBatch(state.latents_RTD, state.steps_R, *state.prompt_states())
 
 
 def train_draft(
-    thinker: Thinker,
+    drawer: LatentDrawer,
     stream: Iterator[Question],
     *,
     updates: int,
@@ -81,18 +81,18 @@ def train_draft(
     """Train a draft head on the squared relative errors of its predictions.
 
     Args:
-        thinker: draws the latents.
+        drawer: draws the latents.
         stream: endless training questions.
-        updates: of AdamW, with a linear warm-up and a cosine.
+        updates: number of updates by AdamW; the learning rate warms up linearly, then falls by a cosine.
         batch: questions per update.
         lr: the highest learning rate.
-        seed: of the initial weights.
+        seed: seed of the initial weights.
         report: called with the number of updates and the loss after each.
 
     Raises:
         RunError: the loss is not finite.
     """
-    engine = thinker.engine
+    engine = drawer.engine
     torch.manual_seed(seed)
     head = DraftHead(engine.plan.latents, engine.width).to(engine.device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=0.0)
@@ -102,10 +102,10 @@ def train_draft(
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     for done in range(updates):
-        thoughts = thinker.think(list(islice(stream, batch)))
+        thoughts = drawer.draw(list(islice(stream, batch)))
         if done == 0:
-            _standardise(head, thoughts)
-        loss = thoughts.errors(head).sum() / thoughts.known_RS.sum().clamp(min=1)
+            _standardize(head, thoughts)
+        loss = thoughts.errors(head).sum() / thoughts.present_RS.sum().clamp(min=1)
         if not math.isfinite(loss.item()):
             raise RunError(f"the loss at update {done} is {loss.item()}; nothing was written\ntry a smaller lr")
         optimizer.zero_grad()
@@ -118,21 +118,21 @@ def train_draft(
 
 
 @torch.no_grad()
-def relative_errors(head: DraftHead, thinker: Thinker, questions: Sequence[Question]) -> list[float]:
+def relative_errors(head: DraftHead, drawer: LatentDrawer, questions: Sequence[Question]) -> list[float]:
     """The relative RMS error of the predicted h_2..h_T, over the questions that have them; NaN where none has."""
     error_S, count_S = 0.0, 0.0
     for start in range(0, len(questions), VALID_BATCH):
-        thoughts = thinker.think(questions[start : start + VALID_BATCH])
+        thoughts = drawer.draw(questions[start : start + VALID_BATCH])
         error_S = error_S + thoughts.errors(head).sum(0)
-        count_S = count_S + thoughts.known_RS.sum(0)
+        count_S = count_S + thoughts.present_RS.sum(0)
     return (error_S / count_S).sqrt().tolist()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _standardise(head: DraftHead, thoughts: Thoughts) -> None:
-    """Take the means and the spread of latents from a first batch; of h_2 where it has no later ones."""
-    latents_RSD, known_RS1 = thoughts.latents_RTD[:, 1:].float(), thoughts.known_RS[..., None]
-    mean_SD = (latents_RSD * known_RS1).sum(0) / known_RS1.sum(0).clamp(min=1)
+def _standardize(head: DraftHead, batch: LatentBatch) -> None:
+    """Take the means and the spread of latents from a first batch; of h_2 alone if the batch has no others."""
+    latents_RSD, present_RS1 = batch.latents_RTD[:, 1:].float(), batch.present_RS[..., None]
+    mean_SD = (latents_RSD * present_RS1).sum(0) / present_RS1.sum(0).clamp(min=1)
     head.mean_SD.copy_(mean_SD)
-    deviation_RSD = (latents_RSD - mean_SD) * known_RS1
-    count = known_RS1.sum().clamp(min=1) * latents_RSD.shape[-1]
+    deviation_RSD = (latents_RSD - mean_SD) * present_RS1
+    count = present_RS1.sum().clamp(min=1) * latents_RSD.shape[-1]
     head.scale.copy_((deviation_RSD.square().sum() / count).sqrt().clamp(min=torch.finfo(torch.float32).eps))

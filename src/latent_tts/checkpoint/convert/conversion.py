@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from latent_tts.checkpoint import files, joining, reward_adapter
 from latent_tts.checkpoint.convert import layouts, peft
-from latent_tts.checkpoint.kept import SOURCE
+from latent_tts.checkpoint.model_cache import SOURCE
 from latent_tts.errors import bad_value, require
 
 if TYPE_CHECKING:

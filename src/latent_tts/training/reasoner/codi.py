@@ -64,7 +64,7 @@ def add_projector(folder: Path, hidden: int | None, seed: int, *, identity: bool
 
 @torch.no_grad()
 def set_identity(projector: Any, width: int, scale: float) -> None:
-    """Make the linear layers together the identity, since gelu(x) - gelu(-x) = x, and scale the output by `scale`."""
+    """Make both linear layers compose to the identity, since gelu(x) - gelu(-x) = x, and scale the output."""
     first, second, norm = projector[1], projector[3], projector[4]
     both = torch.cat([torch.eye(width), -torch.eye(width)])
     first.weight[: 2 * width], first.bias[: 2 * width] = both, 0.0
@@ -89,11 +89,11 @@ def alignment(student: list[Tensor], teacher: list[Tensor], loss: str) -> Tensor
 
 
 class CodiObjective(CoconutObjective):
-    """The cross-entropies of student and teacher, and the distance between their hidden states.
+    """The cross-entropies of student and teacher, the distance between their hidden states, and the loss of steps.
 
     Attributes:
         own: the projector.
-        recipe: with the weights of the parts of the loss.
+        recipe: holds the weights of the parts of the loss.
     """
 
     def __init__(self, adapter: CheckpointAdapter, recipe: Distilled, projector_dropout: float) -> None:
@@ -106,7 +106,7 @@ class CodiObjective(CoconutObjective):
         self.next_latent = projector
 
     def loss(self, questions: list[Question], stage: Stage) -> Tensor:
-        """Without latents the teacher's cross-entropy, else the weighted sum of both cross-entropies and the distance.
+        """Without latents the teacher's cross-entropy, else the weighted sum of all parts.
 
         Teacher and student share the pass over the prompt.
         """

@@ -85,7 +85,7 @@ def train_latent_rm(
     model = initial_model(adapter, init, seed, lora)
     trainer = train(model, loss, data, valid, optimization, arguments, report=report)
     dtype = getattr(torch, weights_dtype)
-    with torch.no_grad():  # so that figures are those of the checkpoint
+    with torch.no_grad():  # so that the figures are those of the saved, rounded weights
         for _, parameter in trained_parameters(model):
             parameter.copy_(parameter.to(dtype))
     figures = trainer.evaluate()

@@ -1,4 +1,4 @@
-"""The rollouts that a cache lacks, drawn and scored by the workers of a run: the driver's side of `drawer.py`."""
+"""The rollouts that a cache lacks, drawn and scored by the workers of a run: the driver's side of `worker.py`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from latent_tts.engine.diversity import DirectionSums
 from latent_tts.engine.packing import RolloutJob
 from latent_tts.errors import LESS_MEMORY, RunError, computing
 from latent_tts.pipeline.dispatch import ShardQueue, Unit, results_of
-from latent_tts.pipeline.drawer import (
+from latent_tts.pipeline.keys import latents_key
+from latent_tts.pipeline.models import load_reasoner_of, load_scorer_of
+from latent_tts.pipeline.spec import RunSpec
+from latent_tts.pipeline.worker import (
     Computed,
     Description,
     Part,
@@ -37,9 +40,6 @@ from latent_tts.pipeline.drawer import (
     rollouts_to_grow,
     sums_of,
 )
-from latent_tts.pipeline.keys import latents_key
-from latent_tts.pipeline.models import load_reasoner_of, load_scorer_of
-from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results import report
 from latent_tts.results.cache import (
     RolloutCache,

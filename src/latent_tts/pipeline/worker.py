@@ -42,6 +42,7 @@ from latent_tts.pipeline.batch import (
     begin_measuring,
     least_columns,
     measured_columns,
+    rows_per_batch,
 )
 from latent_tts.pipeline.code import DRAWING
 from latent_tts.pipeline.keys import latents_key
@@ -51,7 +52,6 @@ from latent_tts.pipeline.models import (
     open_engine,
     refuse_graphs,
     rollout_plan,
-    rows_per_batch,
 )
 from latent_tts.pipeline.progress import batch_progress
 from latent_tts.pipeline.spec import RunSpec, reserved_positions
