@@ -168,6 +168,11 @@ def test_nobody_waits_for_a_worker_whose_machine_is_gone(monkeypatch):
 def test_without_a_machine_for_any_worker_the_command_ends(monkeypatch):
     with pytest.raises(RunError, match="no worker of executor=ray is left: all have died, and in 120 s no machine"):
         compute_on_mortals(monkeypatch, {0: [3], 1: [3]}, gone=[0, 1])
+    actors = {SimulatedActor(0): False}
+    pool = RayPool(actors, "work", retries=2)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(RunError):
+        pool.describe()
+    assert not actors  # the next work of the command starts others
 
 
 def test_a_command_goes_on_with_the_workers_that_are_placed_and_says_so(monkeypatch, caplog):

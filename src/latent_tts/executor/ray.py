@@ -187,6 +187,7 @@ class RayPool:
         except ray.exceptions.RayError as error:
             raise RunError(f"Ray is gone: {_in_one_line(error)}; {RESUME}") from error
         if not done:
+            self._all.clear()  # the next work of the command starts others
             why = f"all have died, and in {SECONDS_TO_RESTART} s no machine started one again"
             raise RunError(f"no worker of executor=ray is left: {why}; {RESUME}")
         worker = self._running.pop(done[0])
