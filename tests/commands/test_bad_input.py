@@ -21,6 +21,10 @@ def test_unknown_flag(ltts):
     check(ltts("run", "--fast"), "--fast", "--cfg")
 
 
+def test_a_sweep_whose_config_is_to_be_shown(ltts):
+    check(ltts("run", "-m", "--cfg", "job", "n=1,2"), "--cfg and --info", "leave out -m")
+
+
 def test_an_argument_that_is_no_override(ltts):
     check(ltts("run", "gaussian"), "gaussian", "key=value")
 
