@@ -21,6 +21,10 @@ def test_unknown_flag(ltts):
     check(ltts("run", "--fast"), "--fast", "--cfg")
 
 
+def test_a_sweep_whose_config_is_to_be_shown(ltts):
+    check(ltts("run", "-m", "--cfg", "job", "n=1,2"), "--cfg and --info", "leave out -m")
+
+
 def test_an_argument_that_is_no_override(ltts):
     check(ltts("run", "gaussian"), "gaussian", "key=value")
 
@@ -90,7 +94,7 @@ def test_a_refusal_shows_the_number_that_was_typed(run):
         (["task.limit=0"], ["task.limit=0", "positive"]),
         (["task.steps=[9]"], ["task.steps=[9]", "[2, 3, 4, 5]"]),
         (["model.latents=-1"], ["model.latents=-1", "0 or more"]),
-        (["max_answer_tokens=0"], ["max_answer_tokens=0", "1 or more"]),
+        (["max_answer_tokens=-1"], ["max_answer_tokens=-1", "1 or more"]),
         (["engine.rows=0"], ["engine.rows=0", "positive integer"]),
         (["engine.graph=maybe"], ["engine.graph=maybe", "auto, on, off"]),
         (["engine.graph=on", "engine.device=cpu"], ["engine.graph=on", "graphs need CUDA, this is cpu"]),

@@ -168,6 +168,11 @@ def test_nobody_waits_for_a_worker_whose_machine_is_gone(monkeypatch):
 def test_without_a_machine_for_any_worker_the_command_ends(monkeypatch):
     with pytest.raises(RunError, match="no worker of executor=ray is left: all have died, and in 120 s no machine"):
         compute_on_mortals(monkeypatch, {0: [3], 1: [3]}, gone=[0, 1])
+    actors = {SimulatedActor(0): False}
+    pool = RayPool(actors, "work", retries=2)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(RunError):
+        pool.describe()
+    assert not actors  # the next work of the command starts others
 
 
 def test_a_command_goes_on_with_the_workers_that_are_placed_and_says_so(monkeypatch, caplog):
@@ -362,8 +367,8 @@ def test_a_command_ends_soon_after_the_process_that_makes_its_machine_a_node(mon
     """Cut off from the cluster, Ray waits for ever."""
     ended, simulated = threading.Event(), SimulatedRay(0)
     with subprocess.Popen(["sleep", "60"]) as process:
-        infos = [("sh", ["ab12"]), ("raylet", ["raylet", "--node_id=other"]), ("raylet", ["raylet", "--node_id=ab12"])]
-        found = [psutil.Process(), psutil.Process(), psutil.Process(process.pid)]
+        infos = [("sh", ["ab12"]), ("raylet", None), ("raylet", ["--node_id=other"]), ("raylet", ["--node_id=ab12"])]
+        found = [*(psutil.Process() for _ in infos[1:]), psutil.Process(process.pid)]
         for each, (name, cmdline) in zip(found, infos, strict=True):
             each.info = {"name": name, "cmdline": cmdline}  # pyright: ignore[reportAttributeAccessIssue]
         monkeypatch.setattr("psutil.process_iter", lambda attrs: found)

@@ -35,6 +35,7 @@ OF_ARGUMENTS = (  # errors of other libraries: kind, what they say, the argument
         r"=[+-]?\d{300,}$",
         "{key}: a number that is beyond those of float64",
     ),
+    (ValueError, "Only one of --run", "", "--cfg and --info are of one job, and cannot be together; leave out -m"),
     (ValueError, "embedded null", "\0", "{key}: has the character NUL, which no path can have"),
     (RuntimeError, "home directory", "", "~ in a path: that user has no home folder; write the path in full"),
 )

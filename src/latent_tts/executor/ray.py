@@ -187,6 +187,7 @@ class RayPool:
         except ray.exceptions.RayError as error:
             raise RunError(f"Ray is gone: {_in_one_line(error)}; {RESUME}") from error
         if not done:
+            self._all.clear()  # the next work of the command starts others
             why = f"all have died, and in {SECONDS_TO_RESTART} s no machine started one again"
             raise RunError(f"no worker of executor=ray is left: {why}; {RESUME}")
         worker = self._running.pop(done[0])
@@ -335,7 +336,11 @@ def _connect(address: str | None) -> None:
 def _end_with_node(node: str) -> None:
     """Watch the process that makes this machine a node of Ray: without it a driver waits for ever, so this one ends."""
     found = psutil.process_iter(["name", "cmdline"])
-    raylet = next(each for each in found if each.info["name"] == "raylet" and node in " ".join(each.info["cmdline"]))
+    # None: that of another user, or of a process that has ended and that nobody has waited for
+    lines = ((each, " ".join(each.info["cmdline"] or ())) for each in found if each.info["name"] == "raylet")
+    raylet = next((each for each, line in lines if node in line), None)
+    if raylet is None:  # it is out of sight, as from within a container
+        return
 
     def watch() -> None:
         raylet.wait()

@@ -313,6 +313,7 @@ def check_run(request: RunRequest) -> RunSpec:
             not is_adaptive(budget),
             "must be ladder or fixed: schedule.verify compares equally many rollouts of each question",
         )
+    reserved = reserved_positions(adapter, request.max_answer_tokens)
     looked_at = len(exit_ids(adapter, schedule)) - len(adapter.thinking_end_ids)
     require(
         "schedule.exit_prefix",
@@ -339,7 +340,7 @@ def check_run(request: RunRequest) -> RunSpec:
         planned=planned,
         planned_on=planned_on,
         questions=questions,
-        prompts=encode_prompts(adapter, questions, reserved_positions(adapter, request.max_answer_tokens)),
+        prompts=encode_prompts(adapter, questions, reserved),
         donors=donors_of(questions) if sampler.needs_donor else {},
         forced_ids=forced_answer_ids(adapter, request.forced_prefix, request.max_answer_tokens),
     )
