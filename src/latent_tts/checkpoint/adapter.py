@@ -335,7 +335,7 @@ class CheckpointAdapter:
             "answer.forced_prefix",
             text,
             self.answer_text(ids).strip() == text.strip() and not (set(self.eos_ids) & set(ids)),
-            f"text in the vocabulary of model={self.name}, without its eos",
+            f"must be text in the vocabulary of model={self.name}, without its eos",
         )
         return ids
 
