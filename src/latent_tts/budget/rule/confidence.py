@@ -7,7 +7,6 @@ from dataclasses import astuple, dataclass
 from typing import ClassVar
 
 import numpy as np
-from scipy.special import log_softmax, softmax
 
 from latent_tts.budget import Rule, Tally
 from latent_tts.errors import check_fields, require
@@ -92,6 +91,8 @@ class Confidence(Rule):
 
     def posterior(self, tally: Tally) -> Float64:
         """The posterior mass (N,) of the vote's pick after each rollout; 0 before anything can be picked."""
+        from scipy.special import softmax  # slow to import, and every run imports this module
+
         fitted = self.fitted
         assert fitted is not None, "not calibrated"
         count_NK, confidence_NK = evidence(tally, self.by, fitted.mean, fitted.sd)
@@ -145,7 +146,8 @@ def calibrate(tallies: Sequence[Tally], by: str) -> Calibration:
 
 def _fit(rows: Sequence[Float64], elected_E: Int64) -> tuple[float, float, float]:
     """Vote, slope and unseen of the most likely softmax; E examples of K classes each."""
-    from scipy.optimize import minimize  # needless but for a calibration, and slow to import
+    from scipy.optimize import minimize
+    from scipy.special import log_softmax
 
     width = max(map(len, rows))
     # the last column is an answer that nobody has given yet
