@@ -69,6 +69,18 @@ def test_a_file_that_changed_is_read_again(hydra_is_set_up, place):
         assert f"value: {value}\n" in composed_by(Loader, "sampler=own")[0]
 
 
+def test_a_config_names_the_folders_that_it_was_searched_in(hydra_is_set_up, tmp_path):
+    def sources(*folders):
+        path = create_config_search_path(conf_dir())
+        for folder in folders:
+            path.prepend("command-line", f"file://{folder}", "schema")
+        cfg = Loader(path).load_configuration("run", [], RunMode.RUN)
+        return [source.path for source in cfg.hydra.runtime.config_sources]
+
+    assert str(tmp_path) in sources(tmp_path)  # which is empty
+    assert str(tmp_path) not in sources()
+
+
 @pytest.mark.slow
 def test_a_sweep_composes_each_choice_of_options_once(run, monkeypatch):
     composed, compose = Counter(), ConfigLoaderImpl._compose_config_from_defaults_list

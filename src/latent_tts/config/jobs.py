@@ -51,7 +51,8 @@ class Loader(ConfigLoaderImpl):
         groups = [each for each in own if self.repository.group_exists(each.key_or_group)]
         options = [each for each in groups if not isinstance(each.value(), dict)]
         chosen = [str(each.input_line) for each in options]
-        key = (config_name, JobRuntime().get("name"), version.getbase(), *filter(None, stamps), *chosen)
+        paths = [source.path for source in self.get_sources()]  # a config names them
+        key = (config_name, JobRuntime().get("name"), version.getbase(), *paths, *filter(None, stamps), *chosen)
         if key not in _composed:
             if len(_composed) >= MAX_COMPOSED:
                 _composed.clear()
