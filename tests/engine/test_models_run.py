@@ -112,7 +112,7 @@ def test_models_that_cannot_be_run_latent_by_latent_are_refused_before_they_are_
 
 def test_a_model_that_the_engine_does_not_compute_right_is_a_usage_error(ltts, other, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "_loaded", {})
-    monkeypatch.setattr(proof, "_hidden_problem", lambda *_: "hidden states are off by 0.5 of their largest value")
+    monkeypatch.setattr(proof, "_distance", lambda *_, **__: 0.5)
     folder = other("mistral_wide")
     check(ltts(*command(folder, tmp_path)), f"model.checkpoint={folder}: MistralForCausalLM cannot be run latent by")
 
