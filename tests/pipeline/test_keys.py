@@ -181,13 +181,13 @@ def test_what_this_package_draws_and_scores_with_is_part_of_the_key(monkeypatch,
     forget()
 
 
-def test_layout_comments_and_docstrings_do_not_count_and_all_else_does():
+def test_layout_comments_docstrings_and_assertions_do_not_count_and_all_else_does():
     def digest(text: str) -> bytes:
         return code._digest_of_source(text.encode())
 
     bare = "class A(B):\n    x: int = 1\n\n    def f(self):\n        return {'a', 'b', 'c'}\n\n\ny = 0.5\n"
     told = '"""M."""\n# c\n\nclass A(B):\n    """A."""\n\n    x: int = 1  # d\n\n\n    def f(self):\n        """F."""\n'
-    told += "        return {'a', 'b', 'c'}\ny = 0.5\n"
+    told += "        assert self\n        return {'a', 'b', 'c'}\ny = 0.5\n"
     assert digest(told) == digest(bare)
     edits = [
         ("0.5", "0.6"),

@@ -1,12 +1,14 @@
 """Digests of the code that determines a run's rollouts: editing that code voids the cache.
 
-Code is compared as it is parsed, so comments, docstrings and layout do not count.
+Code is compared as it is compiled, so comments, docstrings, assertions and layout do not count.
 """
 
 from __future__ import annotations
 
 import ast
+import dis
 import hashlib
+import marshal
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +17,7 @@ from functools import cache, cached_property
 from importlib.machinery import PathFinder
 from importlib.metadata import distributions, version
 from pathlib import Path
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 PACKAGE = "latent_tts"
@@ -102,15 +104,20 @@ def _digest(paths: Iterable[Path]) -> str:
 @cache  # rooms are read in several sets
 def _digest_of_source(source: bytes) -> bytes:
     with suppress(SyntaxError, ValueError, RecursionError):  # a template, or a file of another Python: all of it counts
-        tree = ast.parse(source)
-        for node in ast.walk(tree):
-            if (
-                isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-                and ast.get_docstring(node, clean=False) is not None
-            ):
-                del node.body[0]
-        source = ast.dump(tree).encode()
+        code = compile(source, "", "exec", dont_inherit=True, optimize=2)
+        source = marshal.dumps(_without_places(code), 2)  # later formats depend on which objects are shared
     return hashlib.sha256(source).digest()
+
+
+def _without_places(code: CodeType) -> CodeType:
+    """Code without its lines, nor the instruction that stands for a docstring or a `pass`, which does nothing."""
+    pairs = zip(code.co_code[::2], code.co_code[1::2], strict=True)
+    return code.replace(
+        co_code=bytes(byte for pair in pairs if pair[0] != dis.opmap["NOP"] for byte in pair),
+        co_consts=tuple(_without_places(each) if isinstance(each, CodeType) else each for each in code.co_consts),
+        co_firstlineno=1,
+        co_linetable=b"",
+    )
 
 
 @cache
