@@ -152,6 +152,7 @@ def test_scores_of_a_table_equal_plain_forward_passes(checkpoint, latent_rm, tmp
         engine=engine,
         kept=3,
         donors={},
+        keep_steps=False,
     )
     spec.row_key, spec.guided = lambda question: question.id, False
     answer_ids = [adapter.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]

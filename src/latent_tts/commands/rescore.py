@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from latent_tts.config.requests import changed_settings, run_request
 from latent_tts.errors import bad_value, check_fields
 from latent_tts.pipeline import rescoring
 from latent_tts.pipeline.running import replacing_run, write_run_folder
+from latent_tts.pipeline.scores import own_step_scores
 from latent_tts.pipeline.spec import check_run
 from latent_tts.pipeline.tables import make_tables
 from latent_tts.results import report
@@ -43,7 +45,7 @@ def main(cfg: DictConfig) -> None:
             f"{request.scorer.reason or 'nothing to do'}; name one, as in scorer=latent_rm "
             "scorer.checkpoint=FOLDER_OR_HUB_ID",
         )  # fmt: skip
-    spec = check_run(request)
+    spec = check_run(replace(request, keep_steps=True))
     rescoring.check_spec(spec, source, record)
     folder, own = output_dir(), changed_settings(cfg)
     kept = {key: value for key, value in record["settings"].items() if not key.startswith(SCORING_KEYS)}
@@ -52,7 +54,8 @@ def main(cfg: DictConfig) -> None:
         rollouts = rescoring.rescore_rollouts(spec, source)
         tables = make_tables(spec, rollouts, settings)
         assert rollouts.scores is not None
-        write_scores(folder, tables.rollouts, rollouts.scores.step_scores())
+        assert rollouts.scores.step_scores_RT is not None
+        write_scores(folder, tables.rollouts, own_step_scores(rollouts.scores.step_scores_RT))
         write_run_folder(
             folder, spec, rollouts, tables, settings, started, rescored=str(source),
             cache=str(rollouts.cache.folder.resolve()),

@@ -61,7 +61,7 @@ def main(cfg: DictConfig) -> None:
             raise UsageError('no question; ltts trace "QUESTION", ltts trace ID run=FOLDER, or ltts trace --example')
     beside = beside_option(merged, cfg.beside, request.sampler)
     with cache_root(request.cache, merged.cache) as cache, locked_folder(folder, "hydra.run.dir"):
-        run = check_run(replace(request, cache=cache))
+        run = check_run(replace(request, cache=cache, keep_steps=True))
         if source is not None:
             run = select_questions(run, source, record, list(cfg.question), cfg.n if is_given("n") else None)
         spec = check_trace(run, view, beside, n=request.n if source is None else max(run.table_counts), source=source)

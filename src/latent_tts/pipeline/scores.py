@@ -26,7 +26,8 @@ class Scores:
     """The scores of a run's rollouts.
 
     Attributes:
-        step_scores_RT: of each latent, NaN beyond a rollout's own; the rows are in the order of `RunSpec.wanted`.
+        step_scores_RT: of each latent, NaN beyond a rollout's own; the rows are in the order of `RunSpec.wanted`. None
+            unless the run keeps them.
         score: the score of each rollout.
         prefills: how many prompts the scorer ran for each question.
         scored_now: how many rollouts the cache had no scores of.
@@ -34,17 +35,12 @@ class Scores:
         attention: of the scorer; see `Computation`.
     """
 
-    step_scores_RT: Float32
+    step_scores_RT: Float32 | None
     score: Floats
     prefills: list[int]
     scored_now: int
     seconds: float
     attention: str
-
-    def step_scores(self, rows: slice = slice(None)) -> list[Float32]:
-        """The step scores of some rollouts, each with as many as it has latents."""
-        own_RT = self.step_scores_RT[rows]
-        return [row[:steps] for row, steps in zip(own_RT, (~np.isnan(own_RT)).sum(1).tolist(), strict=True)]
 
 
 class CachedScores:
@@ -96,31 +92,37 @@ def reduce_scores(
         scored_now: see `Scores`.
     """
     rows, step_scores_RT = cached.rows.frame(), cached.rows.padded("step_scores")
-    distinct = [{offsets.get((spec.row_key(q), i), 0) for i in range(spec.n)} for q in spec.questions]
-    prefills, attention = list(map(len, distinct)), cached.computation.attention
-    scores = Scores(step_scores_RT, np.empty(len(rows)), prefills, scored_now, float(rows["seconds"].sum()), attention)
+    seconds, score = float(rows["seconds"].sum()), np.empty(len(rows))
     for name in MEASURED_SUMS:
         rollouts[name] += rows.pop(name).to_numpy()
     peaks = [rollouts["peak_memory_bytes"].to_numpy(dtype=float), rows["peak_memory_bytes"].to_numpy()]
     rollouts["peak_memory_bytes"] = np.maximum(*peaks)
     for start in range(0, len(rows), ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)
-        scores.score[part] = spec.given_scorer.score_rollouts(scores.step_scores(part))
-    _check_finite(spec, rows, scores)
-    check_range(spec.given_scorer, scores.score)
-    return scores
+        score[part] = spec.given_scorer.score_rollouts(own_step_scores(step_scores_RT[part]))
+    _check_finite(spec, rows, step_scores_RT, score)
+    check_range(spec.given_scorer, score)
+    distinct = [{offsets.get((spec.row_key(q), i), 0) for i in range(spec.n)} for q in spec.questions]
+    kept_RT = step_scores_RT if spec.keep_steps else None
+    return Scores(kept_RT, score, list(map(len, distinct)), scored_now, seconds, cached.computation.attention)
 
 
-def _check_finite(spec: RunSpec, rows: pd.DataFrame, scores: Scores) -> None:
+def own_step_scores(step_scores_RT: Float32) -> list[Float32]:
+    """The step scores of some rollouts, each with as many as it has latents."""
+    steps_R = (~np.isnan(step_scores_RT)).sum(1)
+    return [row[:steps] for row, steps in zip(step_scores_RT, steps_R.tolist(), strict=True)]
+
+
+def _check_finite(spec: RunSpec, rows: pd.DataFrame, step_scores_RT: Float32, score: Floats) -> None:
     """Raise RunError unless rollouts with steps have finite scores, and those without have none."""
-    has_steps_R = np.asarray(~np.isnan(scores.step_scores_RT).all(1))
-    wrong_R = np.where(has_steps_R, ~np.isfinite(scores.score), ~np.isnan(scores.score))
+    has_steps_R = np.asarray(~np.isnan(step_scores_RT).all(1))
+    wrong_R = np.where(has_steps_R, ~np.isfinite(score), ~np.isnan(score))
     if wrong_R.any():
         row = int(wrong_R.argmax())
         question = next(each.id for each in spec.questions if spec.row_key(each) == rows["row_key"].iloc[row])
         raise RunError(
             f"scorer={spec.given_scorer.name}: it gives a rollout of question {question} the score "
-            f"{scores.score[row]:g}; "
+            f"{score[row]:g}; "
             f"{'scores must be finite' if has_steps_R[row] else 'a rollout without latents has the score NaN'}"
         )
 

@@ -141,6 +141,7 @@ class RunRequest(DrawingRequest):
         cache: folder of cached rollouts.
         refresh: whether to draw anew the rollouts that the cache has.
         on_answers: called after each batch with the (row key, rollout) pairs and the answer ids.
+        keep_steps: whether `Scores` keep those of each latent; tables do without them.
     """
 
     search: Search
@@ -152,6 +153,7 @@ class RunRequest(DrawingRequest):
     cache: Path
     refresh: bool = False
     on_answers: Callable[[Sequence[tuple[str, int]], Sequence[Sequence[int]]], None] | None = None
+    keep_steps: bool = False
 
     @property
     def guided(self) -> bool:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise, repeat
 from typing import Any
 
 import numpy as np
@@ -106,28 +106,32 @@ def make_outcome_tables(
 
 def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
     """The rollouts table: cached rows with their scores, and answers read by the model's and the task's rules."""
-    adapter, rule, rows = spec.adapter, spec.task.rule, drawn.rows
-    golds = np.array([question.answer for question in spec.questions], dtype=object).repeat(spec.table_counts)
+    adapter, rule, rows, counts = spec.adapter, spec.task.rule, drawn.rows, spec.table_counts
     # many rollouts give the same answer: each is read once
     text_of = cache(lambda ids: adapter.answer_text(list(map(int, ids))))
     answer_of = cache(lambda stop, text: None if stop == NOT_DECODED else adapter.read_answer(text, rule))
     is_right = cache(lambda answer, gold: None not in (answer, gold) and rule.is_right(answer, gold))
-    texts = [text_of(tuple(ids)) for ids in rows["answer_ids"]]
-    answers = list(map(answer_of, rows["stop_reason"], texts))
-    right = list(map(is_right, answers, golds))
-    for start, end in pairwise([0, *accumulate(spec.table_counts)]):
+
+    def column(values: Iterable[object], dtype: type = object) -> np.ndarray:
+        return np.fromiter(values, dtype, len(rows))  # lists of a million rows beside each other would be large
+
+    def of_questions(values: Iterable[object]) -> Iterator[object]:
+        return chain.from_iterable(map(repeat, values, counts))
+
+    texts = column(text_of(tuple(ids)) for ids in rows["answer_ids"])
+    answers = column(map(answer_of, rows["stop_reason"], texts))
+    right = column(map(is_right, answers, of_questions(question.answer for question in spec.questions)), bool)
+    for start, end in pairwise([0, *accumulate(counts)]):
         # equal answers of a question get one form, so that they are one vote
-        answers[start:end] = shared_forms(answers[start:end], rule.equal)
-    ids = np.array([question.id for question in spec.questions], dtype=object).repeat(spec.table_counts)
+        answers[start:end] = shared_forms(answers[start:end].tolist(), rule.equal)
+    ids = column(of_questions(question.id for question in spec.questions))
     return pd.DataFrame(
         {
-            "question_index": np.arange(len(spec.questions), dtype="int32").repeat(spec.table_counts),
+            "question_index": np.arange(len(spec.questions), dtype="int32").repeat(counts),
             "question_id": pd.Series(ids, dtype=object),  # pandas' own strings would take one object per row
             "rollout": rows["rollout"].astype("int32"),
             "prediction": pd.Series(answers, dtype=object),
-            "correct": np.array(right, dtype=bool)
-            if has_gold(spec.questions)
-            else pd.array([None] * len(rows), "boolean"),
+            "correct": right if has_gold(spec.questions) else pd.array([None] * len(rows), "boolean"),
             "score": pd.array(np.full(len(rows), np.nan) if drawn.scores is None else drawn.scores.score, "Float32"),
             "answer_logprob": rows["answer_logprob"],
             "answer_margin": rows["answer_margin"],
