@@ -37,6 +37,24 @@ assert bits.kernels_agree(cpu)
 right, place = kernels.drop, 5  # of the threshold
 kernels.drop = lambda *arguments: right(*arguments[:place], arguments[place] + 300, *arguments[place + 1:])
 assert not bits.kernels_agree(cpu)
+
+keys, rollouts = torch.tensor([[1, 2], [3, 4]]), torch.tensor([0, 9])
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    values = torch.tensor([0.0, -0.0, 1e-8, 3.0, -7e3, 6e4, float("inf")]).repeat(6).view(2, 3, 7).to(dtype)
+    for threshold in (0, 1, 65_535):  # of which the last takes float16 beyond its largest value
+        for first in (None, 0, 5):
+            given = values, keys, rollouts, 7, 1, threshold, first
+            found, wanted = right(*given), bits.drop_by_operators(*given)
+            torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+class Launched:
+    def __getitem__(self, grid):
+        self.grid = grid
+        return lambda *given, **named: None
+
+kernels._drop = Launched()  # prompts of many tokens of a wide model
+right(torch.empty(1, 20_000, 4096, dtype=torch.bfloat16), keys[:1], rollouts[:1], 7, 1, 9, 0)
+assert max(kernels._drop.grid[1:], default=1) < 2**16
 """
 COMPILED = """
 import triton

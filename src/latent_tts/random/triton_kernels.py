@@ -45,7 +45,8 @@ def drop(
     rows, tokens, width = output_RSD.shape
     blocks, scale = triton.cdiv(width, 8), 65536 / (65536 - threshold)
     with torch.cuda.device_of(made):
-        _drop[rows, triton.cdiv(tokens * blocks, DROP_LANES)](
+        # only the first of a grid's three numbers may exceed 65,535
+        _drop[(rows * triton.cdiv(tokens * blocks, DROP_LANES),)](
             output_RSD, made, keys_R2.contiguous(), rollouts_R.contiguous(), tokens, width, blocks, place, stream,
             threshold, scale, first or 0, ONE_MASK=first is None, LANES=DROP_LANES,
         )  # fmt: skip
@@ -68,7 +69,8 @@ def _drop(
     output, made, keys, rollouts, tokens, width, blocks, place, stream, threshold, scale, first,
     ONE_MASK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    row, lane = tl.program_id(0), tl.program_id(1) * LANES + tl.arange(0, LANES)
+    tiles = tl.cdiv(tokens * blocks, LANES)
+    row, lane = tl.program_id(0) // tiles, tl.program_id(0) % tiles * LANES + tl.arange(0, LANES)
     token, block = lane // blocks, lane % blocks
     counter = block if ONE_MASK else lane + first * blocks
     c0, c1, c2, c3 = _philox(keys, rollouts, row, counter, place, stream)
