@@ -213,3 +213,10 @@ def test_one_that_fails_or_differs_is_not_used_and_that_is_said(asked, caplog, k
     with caplog.at_level(logging.WARNING):
         assert not asked(kernel, width)
     assert [why in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_that_triton_is_missing_is_said_and_nothing_tried(caplog, monkeypatch):
+    monkeypatch.setattr(kernel_check, "find_spec", lambda name: None)
+    with caplog.at_level(logging.WARNING):
+        assert not kernel_check.is_usable.__wrapped__("attention", raising, "cuda")
+    assert ["it is not installed" in record.getMessage() for record in caplog.records] == [True]

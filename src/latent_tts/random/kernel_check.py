@@ -19,11 +19,11 @@ def is_usable(kernel: str, agrees: Callable[..., bool], *where: Hashable) -> boo
         agrees: runs it beside the operators, given `where`; it may raise anything.
         *where: the device and so on.
     """
-    if find_spec("triton") is None:
-        return False
     why = "its values differ from those of torch"
     try:
-        if agrees(*where):
+        if find_spec("triton") is None:
+            why = "it is not installed"
+        elif agrees(*where):
             return True
     except Exception as error:  # a compiler, a driver or a missing C compiler may raise anything
         why = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
