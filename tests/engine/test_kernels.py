@@ -158,14 +158,14 @@ def test_kernels(tmp_path, code, interpret):
     assert done.returncode == 0, done.stderr
 
 
-def by_operators(query, prefix, suffix, lengths_Q, used_1, valid_RC, scale, out):
+def by_operators(query, prefix, suffix, lengths_Q, used_1, valid_RC, scale, out, *, causal=True):
     """What the kernel does, token by token."""
     rows, heads, tokens, _ = query.shape
     groups, siblings = heads // prefix[0].shape[1], rows // len(lengths_Q)
     for row in range(rows):
         length, used = int(lengths_Q[row // siblings]), int(used_1)
         for token in range(tokens):
-            end = used + token + 1
+            end = used + (token + 1 if causal else tokens)
             seen = torch.ones(end, dtype=torch.bool) if valid_RC is None else valid_RC[row, :end]
             keys, values = (
                 torch.cat([before[row // siblings, :, :length], own[row, :, :end][:, seen]], 1).repeat_interleave(
@@ -180,6 +180,10 @@ def by_operators(query, prefix, suffix, lengths_Q, used_1, valid_RC, scale, out)
 def wrong(*arguments):
     by_operators(*arguments)
     arguments[-1][-1, -1] += 0.1
+
+
+def seeing_what_comes_later(*arguments):
+    by_operators(*arguments, causal=False)
 
 
 def raising(*arguments):
@@ -207,7 +211,12 @@ def test_a_kernel_that_agrees_is_used(asked, caplog):
 
 @pytest.mark.parametrize(
     ("kernel", "width", "why"),
-    [(wrong, 32, "differ from those of torch"), (raising, 32, "RuntimeError: out of resource"), (wrong, 8, "width 8")],
+    [
+        (wrong, 32, "differ from those of torch"),
+        (seeing_what_comes_later, 64, "differ from those of torch"),
+        (raising, 32, "RuntimeError: out of resource"),
+        (wrong, 8, "width 8"),
+    ],
 )
 def test_one_that_fails_or_differs_is_not_used_and_that_is_said(asked, caplog, kernel, width, why):
     with caplog.at_level(logging.WARNING):

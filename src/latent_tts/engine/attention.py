@@ -30,7 +30,7 @@ KERNEL_TOLERANCE_32 = 1e-5
 KERNEL_CASES = [
     (2, 3, 2, 1, 1, 4, 20, False),
     (3, 40, 1, 2, 1, 0, 70, True),
-    (2, 1, 2, 4, 3, 2, 5, True),
+    (6, 1, 2, 4, 3, 2, 5, True),
     (32, 20, 4, 1, 1, 1, 35, False),  # enough for large tiles
 ]
 
