@@ -1,4 +1,4 @@
-"""Shared-prefix attention on a GPU in one kernel: a question's rows as a tile against its prefix, then their suffixes.
+"""Shared-prefix attention on a GPU in one kernel: rows against their suffixes, then as a tile against their prefix.
 
 Imported only if Triton is installed (it comes with CUDA builds of torch on Linux). `attention.py` compares the kernel
 with the operators before it uses it. Sizes of tiles are fixed for each head width, so that nothing is tuned while it
@@ -18,9 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 # queries and prefix tokens of a tile, by padded width
-TILES = {16: (64, 64), 32: (64, 64), 64: (64, 64), 128: (64, 32), 256: (32, 32)}
-MAX_TILE_32 = 32  # in float32, whose products hold more in registers
-FEW_QUERIES = 16  # the smallest tile of queries that a product takes
+TILES = {16: (64, 64), 32: (64, 64), 64: (32, 64), 128: (16, 32), 256: (16, 32)}
+FEW_QUERIES = 16  # the smallest tile that a product takes
 MANY_TILES = 128  # about as many as a GPU runs at once: with fewer large ones, most of it would wait
 WARPS, STAGES = 4, 2
 
@@ -59,7 +58,7 @@ def attend_piece(
             query, *prefix, *suffix, out, lengths_Q, used_1, valid,
             *query.stride()[:3], *prefix[0].stride()[:3], *suffix[0].stride()[:3], valid.stride(0),
             siblings, tokens, groups, scale, WIDTH=width, PADDED=padded, QUERIES=queries, TOKENS=prefix_tokens,
-            HAS_VALID=valid_RC is not None, num_warps=WARPS, num_stages=STAGES,
+            HAS_VALID=valid_RC is not None, SLOT_STAGES=slot_stages(query.dtype), num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
 
 
@@ -73,10 +72,15 @@ def tile(dtype: torch.dtype, padded: int, count: int, prefixes: int) -> tuple[in
         prefixes: of all questions and key heads.
     """
     queries, prefix_tokens = TILES[padded]
-    if dtype == torch.float32:
-        queries, prefix_tokens = min(queries, MAX_TILE_32), min(prefix_tokens, MAX_TILE_32)
+    if dtype == torch.float32:  # holds twice as much in registers
+        queries, prefix_tokens = max(FEW_QUERIES, queries // 2), prefix_tokens // 2
     few = count <= FEW_QUERIES or prefixes * triton.cdiv(count, queries) < MANY_TILES
     return (FEW_QUERIES if few else queries), prefix_tokens
+
+
+def slot_stages(dtype: torch.dtype) -> int:
+    """How many slots of the suffixes are under way, so that they are not waited for one by one."""
+    return 3 if dtype == torch.float32 else 4  # with 4, heads of width 256 take more memory than some GPUs have
 
 
 @triton.jit(do_not_specialize=["lengths", "used", "valid", "valid_row", "siblings", "tokens"])
@@ -85,6 +89,7 @@ def _attend(
     query_row, query_head, query_token, prefix_question, prefix_head, prefix_token,
     suffix_row, suffix_head, suffix_slot, valid_row, siblings, tokens, groups, scale,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr, HAS_VALID: tl.constexpr,
+    SLOT_STAGES: tl.constexpr,
 ):  # fmt: skip
     per_row = groups * tokens
     tiles, key_head = tl.cdiv(siblings * per_row, QUERIES), tl.program_id(1)
@@ -101,6 +106,26 @@ def _attend(
     total = tl.zeros([QUERIES], tl.float32)
     sums = tl.zeros([QUERIES, PADDED], tl.float32)
 
+    before = tl.load(used).to(tl.int32)
+    suffix_at = row * suffix_row + key_head.to(tl.int64) * suffix_head
+    queries_32 = queries.to(tl.float32)
+    # first, while the sums lie as loads do: after a product, each slot would be rearranged between threads
+    for slot in tl.range(0, before + tokens, num_stages=SLOT_STAGES):
+        seen = inside & (slot <= before + token)
+        if HAS_VALID:
+            seen = seen & (tl.load(valid + row * valid_row + slot, inside, 0) != 0)
+        at_suffix = (suffix_at + slot * suffix_slot.to(tl.int64))[:, None] + element[None, :]
+        mask = seen[:, None] & (element < WIDTH)[None, :]
+        suffix = tl.load(keys + at_suffix, mask, 0.0).to(tl.float32)
+        score = tl.where(seen, tl.sum(queries_32 * suffix, 1) * scale, float("-inf"))
+        new = tl.maximum(highest, score)
+        shift = tl.where(new == float("-inf"), 0.0, new)  # nothing to attend to yet
+        weight, kept = tl.exp(score - shift), tl.exp(highest - shift)
+        suffix = tl.load(values + at_suffix, mask, 0.0).to(tl.float32)
+        sums = sums * kept[:, None] + weight[:, None] * suffix
+        total = total * kept + weight
+        highest = new
+
     length = tl.load(lengths + question).to(tl.int32)
     prefix_at = question * prefix_question + key_head.to(tl.int64) * prefix_head
     for start in range(0, length, TOKENS):
@@ -116,25 +141,6 @@ def _attend(
         prefix = tl.load(prefix_values + at_prefix, mask, 0.0)
         sums = sums * kept[:, None] + tl.dot(weights.to(prefix.dtype), prefix, input_precision="ieee")
         total = total * kept + tl.sum(weights, 1)
-        highest = new
-
-    before = tl.load(used).to(tl.int32)
-    suffix_at = row * suffix_row + key_head.to(tl.int64) * suffix_head
-    queries_32 = queries.to(tl.float32)
-    for slot in range(0, before + tokens):
-        seen = inside & (slot <= before + token)
-        if HAS_VALID:
-            seen = seen & (tl.load(valid + row * valid_row + slot, inside, 0) != 0)
-        at_suffix = (suffix_at + slot * suffix_slot)[:, None] + element[None, :]
-        mask = seen[:, None] & (element < WIDTH)[None, :]
-        suffix = tl.load(keys + at_suffix, mask, 0.0).to(tl.float32)
-        score = tl.where(seen, tl.sum(queries_32 * suffix, 1) * scale, float("-inf"))
-        new = tl.maximum(highest, score)
-        shift = tl.where(new == float("-inf"), 0.0, new)  # nothing to attend to yet
-        weight, kept = tl.exp(score - shift), tl.exp(highest - shift)
-        suffix = tl.load(values + at_suffix, mask, 0.0).to(tl.float32)
-        sums = sums * kept[:, None] + weight[:, None] * suffix
-        total = total * kept + weight
         highest = new
 
     attended = sums / tl.where(total > 0, total, 1.0)[:, None]
