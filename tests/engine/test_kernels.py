@@ -75,6 +75,36 @@ for rows in (1, 3):
     assert found.token_R.equal(wanted.token_R)
     torch.testing.assert_close(found.logprob_R, wanted.logprob_R)
     torch.testing.assert_close(found.margin_R, wanted.margin_R)
+
+inf, nan, block = float("inf"), float("nan"), head_kernel.BLOCK
+room_RP = torch.full((2, 2 * block), nan)
+logits_RP = room_RP[:, : block + 3].fill_(-inf)
+logits_RP[0, block + 1] = 1.0  # the only token that is possible
+found = right(logits_RP, None)
+assert found[0].tolist() == [[1, -inf], [-inf, -inf]] and found[1].tolist() == [[block + 1, 0], [0, 1]], found
+assert found[2].tolist() == [1, 0], found
+logits_RP.fill_(0)
+logits_RP[:, 5], logits_RP[:, block + 1], logits_RP[:, block] = 1, 1, 2  # of equal second ones the first
+assert right(logits_RP, None)[1].tolist() == [[block] * 2, [5] * 2]
+for place in (0, 5, block + 2):  # rows of NaN are refused later, and their places are used as indices before
+    logits_RP.fill_(nan)
+    logits_RP[0, place] = 1.0
+    found = right(logits_RP, None)
+    assert found[1].min() >= 0 and found[1].max() < block + 3 and found[2].isnan().all(), found
+
+layer = torch.nn.Linear(8, block + 70).requires_grad_(False)
+layer.bias[:block] = -inf
+hidden_RD = torch.randn(3, 8)
+head.VALUES_AT_ONCE = {"cuda": 3 * block, "cpu": 3 * block}  # nothing is possible in the first piece
+wanted = head.choose(layer, hidden_RD)
+assert wanted.logprob_R.isfinite().all()
+head.has_kernel = lambda hidden: True
+found = head.choose(layer, hidden_RD)
+assert found.token_R.equal(wanted.token_R)
+torch.testing.assert_close(found.logprob_R, wanted.logprob_R)
+layer, hidden_RD = layer.bfloat16(), hidden_RD.bfloat16()
+hidden_RD[1] = nan
+assert head.choose(layer, hidden_RD).logprob_R.isfinite().tolist() == [True, False, True]
 """
 ROLLS = """
 import torch, triton_interpreter, tiny
@@ -143,9 +173,11 @@ for short, generation, bias in product(NAMES.values(), (80, 90), (False, True)):
     sizes = {"HAS_BIAS": bias, "BLOCK": head_kernel.BLOCK}
     kinds = {"logits": "*" + short, "bias": "*" + short, "highest": "*fp32", "places": "*i64", "total": "*fp32"}
     kinds |= {"stride": "i32", "tokens": "i32"} | dict.fromkeys(sizes, "constexpr")
-    source = ASTSource(head_kernel._look, {name: kinds[name] for name in head_kernel._look.arg_names}, sizes)
+    attributes = {(place,): [["tt.divisibility", 16]] for place in (0, 5)}  # logits and their stride
+    kinds = {name: kinds[name] for name in head_kernel._look.arg_names}
+    source = ASTSource(head_kernel._look, kinds, sizes, attributes)
     made = triton.compile(source, target=GPUTarget("cuda", generation, 32), options={"num_warps": head_kernel.WARPS})
-    assert made.asm["cubin"]
+    assert made.asm["cubin"] and ".v4.b32" in made.asm["ptx"], short  # values are loaded 16 bytes at once
 """
 
 

@@ -115,7 +115,8 @@ def _highest(head: nn.Linear, hidden_RD: Tensor) -> Choice:
         if head.bias is not None:
             logits_PR += head.bias[start:end].float()[:, None]
         highest_2R, place_2R = _highest_two(logits_PR)
-        found.append((highest_2R, start + place_2R, logits_PR.sub_(highest_2R[0]).exp_().sum(0)))
+        lowest = torch.finfo(torch.float32).min  # without it -inf - -inf where no token of a piece is possible
+        found.append((highest_2R, start + place_2R, logits_PR.sub_(highest_2R[0].clamp(min=lowest)).exp_().sum(0)))
     return _choice(head, hidden_RD, found)
 
 
@@ -126,10 +127,16 @@ def _highest_by_kernel(head: nn.Linear, hidden_RD: Tensor) -> Choice:
     found, at_once = [], max(BLOCK, VALUES_AT_ONCE["cuda"] // hidden_RD.shape[0])
     for start in range(0, head.out_features, at_once):
         piece = slice(start, start + at_once)
-        bias_P = None if head.bias is None else head.bias[piece]
-        highest_2R, place_2R, total_R = look(hidden_RD @ head.weight[piece].t(), bias_P)
+        weight_PD, bias_P = head.weight[piece], None if head.bias is None else head.bias[piece]
+        logits_RP = torch.mm(hidden_RD, weight_PD.t(), out=_room(hidden_RD, len(hidden_RD), len(weight_PD)))
+        highest_2R, place_2R, total_R = look(logits_RP, bias_P)
         found.append((highest_2R, start + place_2R, total_R))
     return _choice(head, hidden_RD, found)
+
+
+def _room(like: Tensor, rows: int, tokens: int) -> Tensor:
+    """Memory for logits (R, P) whose rows begin where a GPU loads and stores many values at once."""
+    return like.new_empty(rows, -(-tokens // BLOCK) * BLOCK)[:, :tokens]
 
 
 def _choice(head: nn.Linear, hidden_RD: Tensor, found: list[tuple[Tensor, Tensor, Tensor]]) -> Choice:
@@ -168,7 +175,7 @@ def kernel_agrees(device: torch.device, dtype: torch.dtype) -> bool:
     generator, agree = torch.Generator().manual_seed(0), True
     for tokens, levels, with_bias in KERNEL_CASES:
         drawn = torch.randint(-levels, levels, (5, tokens), generator=generator)
-        logits_RP = (drawn.float() / 8).to(device, dtype)
+        logits_RP = _room(torch.empty(0, device=device, dtype=dtype), *drawn.shape).copy_(drawn.float() / 8)
         bias_P = None
         if with_bias:
             bias_P = (torch.randint(-8, 8, (tokens,), generator=generator).float() / 8).to(device, dtype)

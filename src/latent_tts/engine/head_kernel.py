@@ -35,7 +35,7 @@ def look(logits_RP: Tensor, bias_P: Tensor | None) -> tuple[Tensor, Tensor, Tens
     return highest_2R, place_2R, total_R
 
 
-@triton.jit(do_not_specialize=["logits", "bias", "tokens"])
+@triton.jit(do_not_specialize=["bias", "tokens"])
 def _look(logits, bias, highest, places, total, stride, tokens, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
     row, rows = tl.program_id(0), tl.num_programs(0)
     first, second = float("-inf"), float("-inf")
@@ -43,22 +43,27 @@ def _look(logits, bias, highest, places, total, stride, tokens, HAS_BIAS: tl.con
     for start in range(0, tokens, BLOCK):
         token = start + tl.arange(0, BLOCK)
         known = token < tokens
-        values = tl.load(logits + row.to(tl.int64) * stride + token, known, float("-inf")).to(tl.float32)
+        # up to the stride, which may say that many values can be loaded at once; the number of tokens does not
+        values = tl.load(logits + row.to(tl.int64) * stride + token, token < stride, 0.0).to(tl.float32)
         if HAS_BIAS:
             values += tl.load(bias + token, known, 0.0).to(tl.float32)
+        values = tl.where(known, values, float("-inf"))
         top = tl.max(values, 0)
-        place = tl.min(tl.where(values == top, token, tokens), 0)  # the lowest of equal ones
+        # the lowest of equal ones; among NaN none equals the highest, but places stay those of tokens
+        place = tl.minimum(tl.min(tl.where(values == top, token, tokens), 0), tokens - 1)
         others = tl.where(token == place, float("-inf"), values)
         next_top = tl.max(others, 0)
         next_place = tl.min(tl.where((others == next_top) & (token != place), token, tokens), 0)
+        next_place = tl.minimum(next_place, tokens - 1)
         new = tl.maximum(first, top)
-        sum_of = sum_of * tl.exp(first - new) + tl.sum(tl.exp(values - new), 0)
+        shift = tl.where(new == float("-inf"), 0.0, new)
+        sum_of = sum_of * tl.exp(first - shift) + tl.sum(tl.exp(values - shift), 0)
         # of equal ones the earlier block's
-        leads = top > first
+        leads = (top > first) | (start == 0)
         rival, rival_place = tl.where(leads, first, top), tl.where(leads, first_place, place)
         known_second = tl.where(leads, next_top, second)
         known_second_place = tl.where(leads, next_place, second_place)
-        earlier = tl.where(leads, rival >= known_second, rival > known_second)
+        earlier = (start > 0) & tl.where(leads, rival >= known_second, rival > known_second)
         second = tl.where(earlier, rival, known_second)
         second_place = tl.where(earlier, rival_place, known_second_place)
         first_place = tl.where(leads, place, first_place)
