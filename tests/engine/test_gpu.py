@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from latent_tts.engine import attention, head
 from latent_tts.engine.recording import CudaRecorder
 from latent_tts.random import bits
 from latent_tts.random.draw import Draw
@@ -43,6 +44,18 @@ def test_random_numbers_are_those_of_the_cpu(width):
     torch.testing.assert_close(there.keep(2, 1, 3, width, 20_000).cpu(), here.keep(2, 1, 3, width, 20_000))
     torch.testing.assert_close(there.uniform(4).cpu(), here.uniform(4), rtol=0, atol=0)
     torch.testing.assert_close(there.normal(4, width).cpu(), here.normal(4, width), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width"),
+    [(torch.float32, 32), (torch.float32, 256), (torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float16, 80)],
+    ids=str,
+)
+def test_kernels_of_the_engine_are_used(dtype, width):
+    """Otherwise operators would take their place, and all else would pass."""
+    pytest.importorskip("triton")
+    assert attention.has_kernel(torch.empty(1, width, device=GPU.device, dtype=dtype))
+    assert head.has_kernel(torch.empty(1, width, device=GPU.device, dtype=dtype))
 
 
 @pytest.fixture
