@@ -21,8 +21,8 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from latent_tts.random.kernel_check import is_usable
 from latent_tts.types import Reasoner
 
-# tokens, how many eighths logits differ by at most, whether there is a bias
-KERNEL_CASES = [(4096, 4, False), (9001, 40, True), (13_000, 4000, False), (5000, 2, True), (2, 3, False)]
+# tokens, eighths that logits reach, how many more with each further 4096 tokens, whether there is a bias
+KERNEL_CASES = [(4096, 4, 0, False), (9001, 40, 0, True), (13_000, 4, 5, False), (5000, 2, 0, True), (2, 3, 0, False)]
 BLOCK = 64  # the highest logit is looked for in blocks: maxima are vectorized, places of maxima are not
 VALUES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 28}  # logits of a piece
 SORTED_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 25}  # of whole rows; a sampler may need 50 bytes for each
@@ -173,8 +173,8 @@ def kernel_agrees(device: torch.device, dtype: torch.dtype) -> bool:
     from latent_tts.engine.head_kernel import look
 
     generator, agree = torch.Generator().manual_seed(0), True
-    for tokens, levels, with_bias in KERNEL_CASES:
-        drawn = torch.randint(-levels, levels, (5, tokens), generator=generator)
+    for tokens, levels, rise, with_bias in KERNEL_CASES:
+        drawn = torch.randint(-levels, levels, (5, tokens), generator=generator) + torch.arange(tokens) // 4096 * rise
         logits_RP = _room(torch.empty(0, device=device, dtype=dtype), *drawn.shape).copy_(drawn.float() / 8)
         bias_P = None
         if with_bias:
