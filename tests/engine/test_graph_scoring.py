@@ -13,7 +13,7 @@ from latent_tts.engine.graph_scoring import GraphScorer
 from latent_tts.engine.recording import CudaRecorder, Recordings
 from latent_tts.engine.scoring import LatentScorer
 from latent_tts.errors import RunError
-from latent_tts.types import Computation
+from latent_tts.types import Computation, RewardModel
 
 N, STEPS = 2, 4
 LENGTHS = [[9, 3], [2, 7], [1, 1], [4, 8]]
@@ -22,8 +22,8 @@ SHIFTS = [[0, 5], [3, 0], [1, 9], [7, 7]]
 
 def both(family="gpt2", recorder=Recording, device="cpu", *, needed=True):
     """A scorer, one that records, and the recorders that it has made."""
-    model, recorders = tiny.reward_model(family), []
-    model.backbone.to(device)
+    made, recorders = tiny.reward_model(family), []
+    model = RewardModel(made.backbone.to(device), lambda hidden: hidden[..., 0])
 
     def new_recorder():
         recorders.append(recorder())
@@ -49,7 +49,7 @@ def check(family, recorder=Recording, *, device="cpu", tolerance=1e-9):
     for number, lengths in enumerate(LENGTHS):
         arguments, settings = batch(number, lengths, None, device)
         found, wanted = (scorer.score(*arguments, **settings) for scorer in (graphed, eager))
-        torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance, equal_nan=True)
+        torch.testing.assert_close(found.cpu(), wanted.cpu(), rtol=0, atol=tolerance, equal_nan=True)
     assert len(recorders) == 1
     return graphed, recorders[0]
 

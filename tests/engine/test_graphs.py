@@ -46,26 +46,28 @@ LENGTHS = [[9, 3], [2, 7], [1, 1], [4, 8]]
 FINISH_UNEQUALLY = [(0, [9, 3, 5]), (4, [4, 8, 6]), (3, [4, 8, 6]), (1, [9, 3, 5])]
 
 
+def decide(keys_R2: Tensor, rollouts_R: Tensor, places_P: Tensor, stream: int, threshold: int, kept: Tensor) -> None:
+    """`bits.decide` by operators on a CPU too."""
+    rows, places, tokens, _, per_token = kept.shape
+    element_B = torch.arange(tokens * per_token // 4, device=kept.device)
+    counter = element_B, places_P[None, :, None], rollouts_R[:, None, None], stream
+    words = bits.philox(counter, (keys_R2[:, :1, None], keys_R2[:, 1:, None]))
+    for half in range(2):
+        halves = [word >> shift & 0xFFFF for word in words[2 * half : 2 * half + 2] for shift in (0, 16)]
+        values = torch.stack(halves, -1).view(rows, places, tokens, per_token)
+        kept[:, :, :, half] = (values ^ 0x8000) >= threshold
+
+
 @pytest.fixture(autouse=True)
 def decisions_by_operators(monkeypatch):
     """What draws masks on a CPU is no operator: a tracer does not see it."""
-
-    def decide(keys_R2, rollouts_R, places_P, stream, threshold, kept):
-        rows, places, tokens, _, per_token = kept.shape
-        counter = torch.arange(tokens * per_token // 4), places_P[None, :, None], rollouts_R[:, None, None], stream
-        words = bits.philox(counter, (keys_R2[:, :1, None], keys_R2[:, 1:, None]))
-        for half in range(2):
-            halves = [word >> shift & 0xFFFF for word in words[2 * half : 2 * half + 2] for shift in (0, 16)]
-            values = torch.stack(halves, -1).view(rows, places, tokens, per_token)
-            kept[:, :, :, half] = (values ^ 0x8000) >= threshold
-
     monkeypatch.setattr(bits, "decide", decide)
 
 
 def both(
     family: str = "gpt2",
     *,
-    device: str = "cpu",
+    device: torch.device | str = "cpu",
     ends: bool = True,
     answer: int = 3,
     latents: int = 2,
@@ -130,15 +132,20 @@ def test_so_does_a_traced_one(family, sampler, plan):
     check(family, SAMPLERS[sampler], PLANS[plan], Tracer)
 
 
+def check_on(device: torch.device | str, recorder: Callable[[], Any], family: str, sampler: str, plan: str) -> None:
+    eager, graphed, recorders = both(family, device=device, recorder=recorder, **PLANS[plan])
+    for number, lengths in enumerate(LENGTHS):
+        found, wanted = (rolled(engine, SAMPLERS[sampler], number, lengths) for engine in (graphed, eager))
+        latents = found.latents_RTD.cpu(), wanted.latents_RTD.cpu()
+        torch.testing.assert_close(*latents, rtol=0, atol=1e-3)  # noise is float32
+        assert found.answer_ids == wanted.answer_ids
+    assert len(recorders) == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("family", "sampler", "plan"), FEW)
 def test_so_does_a_graph_of_kernels(family, sampler, plan):
-    eager, graphed, recorders = both(family, device="cuda:0", recorder=CudaRecorder, **PLANS[plan])
-    for number, lengths in enumerate(LENGTHS):
-        found, wanted = (rolled(engine, SAMPLERS[sampler], number, lengths) for engine in (graphed, eager))
-        torch.testing.assert_close(found.latents_RTD, wanted.latents_RTD, rtol=0, atol=1e-3)  # noise is float32
-        assert found.answer_ids == wanted.answer_ids
-    assert len(recorders) == 1
+    check_on("cuda:0", CudaRecorder, family, sampler, plan)
 
 
 @pytest.mark.gpu

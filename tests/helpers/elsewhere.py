@@ -10,6 +10,8 @@ It needs its own process, since torch registers such a device permanently.
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -40,6 +42,7 @@ import objectives  # noqa: E402
 import tiny  # noqa: E402
 
 from latent_tts.engine import head, prompts  # noqa: E402
+from latent_tts.random import bits  # noqa: E402
 from latent_tts.random import draw as rng  # noqa: E402
 from latent_tts.task.arith import Arith, words  # noqa: E402
 from latent_tts.training.reasoner.backbone import BackboneConfig, word_level_tokenizer  # noqa: E402
@@ -176,9 +179,26 @@ def check_training() -> None:
             print(f"{family}, training: same", flush=True)
 
 
+def check_tests_of_graphs() -> None:
+    """Run the tests of graphs that are for a GPU, whose own lines may mix devices; nothing is recorded."""
+    sys.path.append(str(Path(__file__).parents[1] / "engine"))
+    test_graphs, test_graph_scoring = map(import_module, ("test_graphs", "test_graph_scoring"))
+    to, decide = nn.Module.to, bits.decide
+    nn.Module.to = lambda module, place: moved(module) if place == ELSEWHERE else to(module, place)
+    bits.decide = test_graphs.decide
+    with Dispatch():
+        for case in test_graphs.FEW:
+            test_graphs.check_on(ELSEWHERE, devices.Runs, *case)
+            print(f"{', '.join(case)}, as tested on a GPU: same", flush=True)
+        test_graph_scoring.check("gpt2", devices.Runs, device=ELSEWHERE)
+        print("gpt2, scores, as tested on a GPU: same", flush=True)
+    nn.Module.to, bits.decide = to, decide
+
+
 def main() -> None:
     """Check all cases."""
     check_training()
+    check_tests_of_graphs()
     place = devices.Place(ELSEWHERE, moved, Dispatch)
     for name, case in devices.cases():
         print(name, end="", flush=True)
