@@ -1,10 +1,11 @@
 """The cost of random numbers, as a share of a latent step of GPT-2 small.
 
-    python benchmarks/randomness.py [--rows 256] [--dtypes float32 bfloat16] [--device cuda] [--compile]
+    python benchmarks/randomness.py [--rows 256] [--dtypes float32 bfloat16] [--compile]
 
 Measures a latent step (one token per row, 64 rollouts per question, prompts of 64 tokens, random weights) without
-random numbers, and separately the random numbers that a step needs with each sampler. Targets: at most 5 % of a step in
-float32, 15 % in bfloat16, 5 % of a step compiled by torch.compile (which needs a C++ compiler).
+random numbers, and separately the random numbers that a step needs with each sampler, on a CPU (a GPU draws masks in
+the kernel that applies them). Targets: at most 5 % of a step in float32, 15 % in bfloat16, 5 % of a step compiled by
+torch.compile (which needs a C++ compiler).
 On a busy machine, use LTTS_BENCH_CLOCK=cpu and OMP_NUM_THREADS=1 to count processor seconds.
 Prints a table, then JSON as the last line.
 """
@@ -31,9 +32,9 @@ LAYERS, WIDTH, PROMPT = 12, 768, 64
 BARS = {"float32": 0.05, "bfloat16": 0.15}
 
 
-def median_seconds(call: Callable[[], object], repeats: int, device: str) -> float:
+def median_seconds(call: Callable[[], object], repeats: int) -> float:
     """Median seconds of a call after two warm-ups."""
-    return statistics.median([seconds_of(call, device) for _ in range(repeats + 2)][2:])
+    return statistics.median([seconds_of(call, "cpu") for _ in range(repeats + 2)][2:])
 
 
 def latent_step(dtype: torch.dtype, rows: int, compiled: bool) -> Callable[[], object]:
@@ -81,11 +82,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dtypes", nargs="+", default=list(BARS))
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--compile", action="store_true", help="compile the step by torch.compile")
     arguments = parser.parse_args()
-    repeats, device = arguments.repeats, arguments.device
-    torch.set_default_device(device)
+    repeats = arguments.repeats
     draw = new_draw(arguments.rows)
     numbers = {
         "gaussian": lambda: draw.normal(3, WIDTH),
@@ -95,9 +94,9 @@ def main() -> None:
     results = []
     for dtype in arguments.dtypes:
         run = latent_step(getattr(torch, dtype), arguments.rows, arguments.compile)
-        step = median_seconds(run, repeats, device)
+        step = median_seconds(run, repeats)
         for name, call in numbers.items():
-            share = median_seconds(call, repeats, device) / step
+            share = median_seconds(call, repeats) / step
             results.append(
                 {
                     "dtype": dtype,
@@ -111,7 +110,6 @@ def main() -> None:
         json.dumps(
             {
                 "rows": arguments.rows,
-                "device": device,
                 "threads": torch.get_num_threads(),
                 "compiled": arguments.compile,
                 "results": results,
