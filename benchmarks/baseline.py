@@ -9,8 +9,6 @@ Source: ModalityDance/LatentTTS at 6657f20; `generate` of transformers.
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
+from command import clock
 from latent_tts.engine.sites import BRANCHES, find_blocks
 
 
@@ -115,11 +114,6 @@ def roll(
         token = run(input_ids=token).logits[:, -1:].argmax(-1)
         answer.append(token)
     return torch.cat(answer, dim=1)
-
-
-def clock() -> float:
-    """Wall-clock seconds, or processor seconds of this process if LTTS_BENCH_CLOCK=cpu."""
-    return time.process_time() if os.environ.get("LTTS_BENCH_CLOCK") == "cpu" else time.perf_counter()
 
 
 def seconds_of(call: Callable[[], object], device: str) -> float:

@@ -8,10 +8,11 @@ A case is questions x rollouts. Models have random weights in the size of GPT-2 
 lengths of prompts are quantiles of GSM8K's test questions at 1.3 tokens per word, from `gsm8k_test.jsonl` in the folder
 LTTS_DATA, or from the list below. Each rollout has 6 latents, one end token and 12 answer tokens.
 
-Each measurement runs in its own process: load the model, warm up with one latent and one answer token, then repeat; the
-median counts. Peak memory is that of the process (on CUDA that of torch), in total and since the model was loaded. One
-more call gives the time per phase (on CUDA by events in the stream, so that nothing waits). The process of the engine
-also measures the limits of the machine: the model's own matrix products for the rows of a batch, and a copy in memory.
+Each measurement loads the model, warms up with one latent and one answer token, then repeats; the median counts. On a
+CPU it runs in its own process, since peak memory is that of the process (on CUDA that of torch), in total and since the
+model was loaded. One more call gives the time per phase (on CUDA by events in the stream, so that nothing waits; random
+numbers are then noise alone, since masks are drawn where they are used). That of the engine also measures the limits of
+the machine: the model's own matrix products for the rows of a batch, and a copy in memory.
 `ceiling_share` is the rate of operations in the latent phase divided by the rate of these products. On a CPU,
 `baseline.py` draws at most 256 rows at once (more do not fit in memory), and a larger case is timed on a part of its
 questions. It masks the prompt in both dropout settings, like the official code.
@@ -45,14 +46,15 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 import baseline
-from baseline import clock, seconds_of
+from baseline import seconds_of
+from command import clock
 from latent_tts.engine.backbone import PackedLinear, can_be_packed
 from latent_tts.engine.cost import Shape
 from latent_tts.engine.device import peak_bytes
 from latent_tts.engine.graphs import GraphEngine
 from latent_tts.engine.packing import RolloutJob, batches, default_rows, max_prompts
 from latent_tts.engine.quantization import quantize
-from latent_tts.engine.recording import Recordings
+from latent_tts.engine.recording import ROLLOUTS_SHARE, Recordings
 from latent_tts.engine.rollout import Engine, RolloutPlan, Rollouts
 from latent_tts.engine.sites import find_blocks
 from latent_tts.random.draw import Draw
@@ -234,10 +236,15 @@ def memory(device: str) -> tuple[int, int]:
     return pages * resource.getpagesize(), peak_bytes(torch.device(device))
 
 
-def new_engine(lm: PreTrainedModel, plan: RolloutPlan, graph: str) -> Engine:
-    """An engine with or without CUDA graphs (`on`, `off`)."""
+def new_recordings(lm: PreTrainedModel, share: float = ROLLOUTS_SHARE) -> Recordings:
+    """What CUDA graphs of a model are kept in: the first batch is recorded, and a failure is an error."""
+    return Recordings(lm.device, needed=True, share=share)
+
+
+def new_engine(lm: PreTrainedModel, plan: RolloutPlan, recordings: Recordings | None) -> Engine:
+    """An engine, with CUDA graphs if there are recordings."""
     reasoner = Reasoner(lm, lambda hidden: hidden)
-    return GraphEngine(reasoner, plan, Recordings(lm.device, needed=True)) if graph == "on" else Engine(reasoner, plan)
+    return Engine(reasoner, plan) if recordings is None else GraphEngine(reasoner, plan, recordings)
 
 
 def roll_batch(engine: Engine, batch: list[RolloutJob], sampler: Sampler) -> Rollouts:
@@ -250,6 +257,8 @@ def roll_batch(engine: Engine, batch: list[RolloutJob], sampler: Sampler) -> Rol
 def timed(arguments: argparse.Namespace, lm: PreTrainedModel, full: Callable, brief: Callable) -> dict[str, float]:
     """Median seconds of a call after a brief one, and its memory."""
     device = arguments.device
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     loaded, _ = memory(device)
     brief()
     seconds = statistics.median(seconds_of(full, device) for _ in range(arguments.repeats))
@@ -273,29 +282,32 @@ def measure_engine(arguments: argparse.Namespace) -> dict[str, float]:
     plan, brief = (
         RolloutPlan(latents, [vocabulary - 1], None, answer) for latents, answer in ((LATENTS, ANSWER), (1, 1))
     )
-    engine = new_engine(lm, plan, arguments.graph)
+    recordings = new_recordings(lm) if arguments.graph == "on" else None
+    engine = new_engine(lm, plan, recordings)
 
     def full() -> None:
         for part in parts:
             roll_batch(engine, part, sampler)
 
     def warm_up() -> None:
-        if arguments.graph == "on":
+        if recordings is None:
+            roll_batch(new_engine(lm, brief, None), parts[0], sampler)
+        else:
             for _ in range(3):
                 full()
-        else:
-            roll_batch(new_engine(lm, brief, "off"), parts[0], sampler)
 
     result = timed(arguments, lm, full, warm_up)
+    refused = recordings is not None and bool(recordings.refused)
 
     watch = Stopwatch(sampler, lm, LATENTS, device)
     for part in parts:
-        watch.run(partial(roll_batch, new_engine(lm, plan, "off"), part))
+        watch.run(partial(roll_batch, new_engine(lm, plan, None), part))
     spent = watch.close()
     total = sum(spent.values())
     flops = latent_flops(lm, jobs, sampler)
     rate = product_rate(new_model(arguments), sum(len(job.rollouts) for job in parts[0]), device)
     return result | {
+        "graphs_refused": refused,
         "rollouts_per_second": questions * rollouts / result["seconds"],
         "prefill_share": spent["prefill"] / total,
         "latents_share": spent["latents"] / total,
@@ -334,7 +346,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
 def measure_in_process(
     arguments: argparse.Namespace, what: str, case: str, sampler: str, dtype: str
 ) -> dict[str, float]:
-    """Run one measurement in its own process."""
+    """Run one measurement, on a CPU in its own process."""
+    if arguments.device == "cuda":
+        one = {"measure": what, "case": [case], "sampler": [sampler], "dtype": [dtype]}
+        return measure(argparse.Namespace(**vars(arguments) | one))
     sizes = [f"--{name}={getattr(arguments, name)}" for name in ("model", "device", "repeats", "layers", "width")]
     sizes += [f"--graph={arguments.graph}"]
     sizes += [] if arguments.quantize is None else [f"--quantize={arguments.quantize}"]
@@ -397,7 +412,7 @@ def row(
         "dtype": dtype,
         "quantize": arguments.quantize,
         "device": arguments.device,
-        "graph": arguments.graph,
+        "graph": "refused" if ours["graphs_refused"] else arguments.graph,
         "threads": torch.get_num_threads(),
         "clock": "cpu" if os.environ.get("LTTS_BENCH_CLOCK") == "cpu" else "wall",
         "rollouts_per_second": round(ours["rollouts_per_second"], 3),
@@ -415,6 +430,7 @@ def row(
 def line(result: dict[str, Any]) -> str:
     """A result as a line of text."""
     case = f"{result['case']:6} {result['dtype']} {result['sampler']} {'+'.join(result['where'])}"
+    case += " WITHOUT CUDA GRAPHS, which were refused" if result["graph"] == "refused" else ""
     shares = "  ".join(
         f"{name} {100 * result[f'{name}_share']:.0f} %" for name in ("prefill", "latents", "random_numbers", "answers")
     )

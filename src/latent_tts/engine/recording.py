@@ -199,6 +199,7 @@ class Recordings:
     Attributes:
         new_recorder: makes what records the passes of a bucket.
         buckets: by what their batches share; the one that was made first comes first.
+        refused: buckets whose batches run without graphs from now on.
         max_bytes: that all of them may hold; None until the first of them is made.
     """
 
@@ -225,7 +226,7 @@ class Recordings:
         self.new_recorder, self.max_bytes = new_recorder, max_bytes
         self.buckets: dict[Hashable, Bucket[Any, Any]] = {}
         self._met: set[Hashable] = set()
-        self._refused: set[Hashable] = set()
+        self.refused: set[Hashable] = set()
         self._failed = False  # for another reason than memory, so that other batches would fail too
 
     def usable(self, computation: Computation) -> bool:
@@ -256,7 +257,7 @@ class Recordings:
         Raises:
             RunError: graphs are needed, and it cannot be recorded or gives something else.
         """
-        if self._failed or key in self._refused:
+        if self._failed or key in self.refused:
             return usual()
         if not self._needed and key not in self._met:
             self._met.add(key)
@@ -267,7 +268,7 @@ class Recordings:
             return self._compute_fixed(key, usual, fixed)
         except Exception as error:  # recording may raise anything; what is wrong without it too is raised below
             self.buckets.pop(key, None)
-            self._refused.add(key)
+            self.refused.add(key)
             why, no_memory = str(error).splitlines()[0] if str(error) else type(error).__name__, is_out_of_memory(error)
             if self._needed and not no_memory:
                 raise RunError(f"engine.graph=on: {why}") from error
@@ -300,6 +301,6 @@ class Recordings:
         while self.buckets and sum(bucket.bytes for bucket in self.buckets.values()) > self.max_bytes:
             oldest = next(iter(self.buckets))
             del self.buckets[oldest]
-            self._refused.add(oldest)
+            self.refused.add(oldest)
             if oldest == key:
                 log.info("batches of these sizes are too large to be recorded and run without CUDA graphs: %s", key)
