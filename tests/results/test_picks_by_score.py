@@ -16,33 +16,32 @@ from latent_tts.results import statistics as stats
 from latent_tts.types import RolloutArrays
 
 GOLD = 1
-VALUES = [-3.0, -0.5, 0.0, 0.25, 2.0, math.nan]  # scores, and none
+VALUES = [-1e6, -3.0, -0.5, 0.0, 0.25, 2.0, 1e6, -math.inf, math.nan]  # scores, and none
 quick = settings(derandomize=True, deadline=None, max_examples=60)
 
 
 def arrays(predictions, scores):
     """Rollouts of questions whose right answer is GOLD; -1 is unreadable."""
-    predictions, scores = np.array(predictions), np.array(scores, dtype=np.float64)
+    predictions, scores = np.array(predictions), np.asarray(scores)
     return RolloutArrays(predictions, predictions == GOLD, np.zeros(predictions.shape), scores)
 
 
 def plain_best_of_n(predictions, scores, members):
-    scored = [i for i in members if not math.isnan(scores[i])]
+    scored = [i for i in members if math.isfinite(scores[i])]
     return bool(scored) and predictions[max(scored, key=lambda i: (scores[i], -i))] == GOLD
 
 
 def plain_weighted(temperature):
     def pick(predictions, scores, members):
-        scored = [i for i in members if not math.isnan(scores[i])]
-        total = math.fsum(math.exp(scores[i] / temperature) for i in scored)
+        voters = [i for i in members if math.isfinite(scores[i]) and predictions[i] != -1]
+        most = max((scores[i] for i in voters), default=0.0)
         votes = {}
-        for i in scored:
-            if predictions[i] != -1:
-                votes.setdefault(predictions[i], []).append(math.exp(scores[i] / temperature) / total)
+        for i in voters:
+            votes.setdefault(predictions[i], []).append(math.exp((scores[i] - most) / temperature))
         sums = {prediction: math.fsum(weights) for prediction, weights in votes.items()}
         best = max(sums.values(), default=0)
         # insertion order is rollout order, so the first of equally heavy predictions has the lowest rollout
-        return next((p == GOLD for p, weight in sums.items() if weight > best - 1e-12), False)
+        return next((p == GOLD for p, weight in sums.items() if weight >= best * (1 - 1e-12)), False)
 
     return pick
 
@@ -50,8 +49,8 @@ def plain_weighted(temperature):
 PICKS = [
     pytest.param(BestOfN(), plain_best_of_n, id="best_of_n"),
     pytest.param(Weighted(1.0), plain_weighted(1.0), id="weighted"),
-    pytest.param(Weighted(0.25), plain_weighted(0.25), id="weighted, cold"),
-    pytest.param(Weighted(8.0), plain_weighted(8.0), id="weighted, hot"),
+    pytest.param(Weighted(1 / 64), plain_weighted(1 / 64), id="weighted, cold"),
+    pytest.param(Weighted(64.0), plain_weighted(64.0), id="weighted, hot"),
 ]
 
 
@@ -65,7 +64,9 @@ def test_picks_equal_plain_python_on_the_same_subsets(aggregator, plain, table, 
     n = data.draw(st.sampled_from([drawn, data.draw(st.integers(1, drawn))]))
     subsets = np.concatenate(list(stats.subsets(drawn, n))).tolist()
     expected = [np.mean([plain(p, s, members) for members in subsets]) for p, s in zip(*table, strict=True)]
-    np.testing.assert_allclose(picked_accuracy(aggregator, arrays(predictions, scores), n), expected)
+    for dtype in (np.float64, np.float32):
+        rollouts = arrays(predictions, np.array(scores, dtype))
+        np.testing.assert_allclose(picked_accuracy(aggregator, rollouts, n), expected)
 
 
 def test_an_unreadable_best_of_n_winner_is_wrong():

@@ -79,15 +79,15 @@ def _accuracies(aggregator: Aggregator, rollouts: RolloutArrays, correct_QD: Boo
     if isinstance(rule, Ranking):
         return _ranked_accuracies(rule.value_QD, correct_QD, budgets)
     if isinstance(rule, Picks):
-        pick, width = rule.pick, 1
+        pick, columns = rule.pick, 1
     else:
-        votes = _votes(rule, rollouts)
-        pick, width = partial(_elect, *votes), int(votes[-1].max())
+        column_DQ, log_weight_DQ = _votes(rule, rollouts)
+        pick, columns = partial(_elect, column_DQ, log_weight_DQ), int(column_DQ.max()) + 1
     right_BQ, count_B1 = np.zeros((len(budgets), questions)), np.zeros((len(budgets), 1))
     for place, members_SN in _all_subsets(drawn, budgets):
         count_B1[place] += len(members_SN)
         n = members_SN.shape[1]
-        step = max(1, MAX_CELLS // (questions * (max(n, width) if n > 1 else 1)))
+        step = max(1, MAX_CELLS // max(questions * n, columns if n > 1 else 1))
         for start in range(0, len(members_SN), step):
             pick_QS = pick(members_SN[start : start + step])
             right_QS = np.take_along_axis(correct_QD, np.maximum(pick_QS, 0), axis=1)
@@ -137,8 +137,8 @@ def _supported_picks(aggregator: Aggregator, rollouts: RolloutArrays) -> tuple[I
         pick_Q1 = np.where(value_QD.max(1) > -np.inf, value_QD.argmax(1), -1)[:, None]
         support_Q = np.take_along_axis(value_QD, pick_Q1, axis=1)[:, 0]
     else:
-        column_DQ, log_weight_DQ, width_Q = _votes(rule, rollouts)
-        pick_Q1 = _elect(column_DQ, log_weight_DQ, width_Q, everyone_1D)
+        column_DQ, log_weight_DQ = _votes(rule, rollouts)
+        pick_Q1 = _elect(column_DQ, log_weight_DQ, everyone_1D)
         # a row per question: sums over columns would depend on how many questions there are
         weight_QD = np.ascontiguousarray(_relative_weights(log_weight_DQ).T)
         column_QD = np.ascontiguousarray(column_DQ.T)
@@ -215,44 +215,36 @@ def _ranked_accuracies(value_QD: Floats, correct_QD: Bools, budgets: Sequence[in
     return np.array([(right_QD * -np.diff(_none_of(value_QD.shape[1], n))).sum(1) for n in budgets])
 
 
-def _votes(rule: Vote, rollouts: RolloutArrays) -> tuple[Int64, Floats, Int64]:
-    """What is voted for, as columns of one table for all questions, the first column of each for who does not vote.
+def _votes(rule: Vote, rollouts: RolloutArrays) -> tuple[Int64, Floats]:
+    """The column of each rollout (D, Q) in one table of all questions and predictions, and its log-weight (D, Q).
 
-    Returns:
-        The column and the log-weight (-inf for who does not vote) of each rollout (D, Q); the number of columns (Q,).
+    Those of a question that do not vote share a column, and their log-weight is -inf.
     """
     votes_QD = (rollouts.prediction_QD >= 0) & np.isfinite(rule.log_weight_QD)
     prediction_QD = np.where(votes_QD, rollouts.prediction_QD, -1)
     order_QD = np.argsort(prediction_QD, axis=1)
     sorted_QD = np.take_along_axis(prediction_QD, order_QD, axis=1)
+    new_QD = np.diff(sorted_QD, axis=1, prepend=-2) > 0
     column_QD = np.empty_like(order_QD)
-    np.put_along_axis(column_QD, order_QD, np.cumsum(np.diff(sorted_QD, axis=1, prepend=-1) > 0, axis=1), axis=1)
-    width_Q = column_QD.max(1) + 1
-    column_QD += (width_Q.cumsum() - width_Q)[:, None]
+    np.put_along_axis(column_QD, order_QD, new_QD.cumsum().reshape(new_QD.shape) - 1, axis=1)
     log_weight_QD = np.where(votes_QD, rule.log_weight_QD, -np.inf)
-    return np.ascontiguousarray(column_QD.T), np.ascontiguousarray(log_weight_QD.T), width_Q
+    return np.ascontiguousarray(column_QD.T), np.ascontiguousarray(log_weight_QD.T)
 
 
-def _elect(column_DQ: Int64, log_weight_DQ: Floats, width_Q: Int64, members_SN: Int64) -> Int64:
+def _elect(column_DQ: Int64, log_weight_DQ: Floats, members_SN: Int64) -> Int64:
     """The picks (Q, S) of votes among the members of each subset, -1 for none; see `_votes`."""
     if members_SN.shape[1] == 1:  # many subsets, for which a table would be large
         return np.where(np.isfinite(log_weight_DQ[members_SN[:, 0]]), members_SN, -1).T
-    drawn, start_Q = len(column_DQ), width_Q.cumsum() - width_Q
-    # the lowest rollout number comes last, since the last of several writes to a cell stays
-    members_NS = members_SN.T[::-1]
-    shape = len(members_SN), int(width_Q.sum())
-    cell_NSQ = column_DQ[members_NS]
-    cell_NSQ += np.arange(shape[0])[:, None] * shape[1]
-    weight_NSQ = _relative_weights(log_weight_DQ[members_NS])
-    weight_SK = np.bincount(cell_NSQ.ravel(), weight_NSQ.ravel(), shape[0] * shape[1]).reshape(shape)
-    first_SK = np.full(shape, drawn)
-    first_SK.reshape(-1)[cell_NSQ] = members_NS[..., None]
-    weight_SK[:, start_Q] = 0.0  # those who do not vote
-    most_SQ = np.maximum.reduceat(weight_SK, start_Q, axis=1)
-    least_SQ = np.where(most_SQ > 0, most_SQ * (1 - TIE), np.inf)
-    first_SK[weight_SK < np.repeat(least_SQ, width_Q, axis=1)] = drawn
-    pick_SQ = np.minimum.reduceat(first_SK, start_Q, axis=1)
-    return np.where(pick_SQ < drawn, pick_SQ, -1).T
+    cell_NSQ = column_DQ[members_SN.T]
+    cell_NSQ += np.arange(len(members_SN))[:, None] * (column_DQ.max() + 1)
+    weight_NSQ = _relative_weights(log_weight_DQ[members_SN.T])
+    sum_NSQ = np.bincount(cell_NSQ.ravel(), weight_NSQ.ravel())[cell_NSQ]
+    most_SQ = sum_NSQ.max(0)
+    least_SQ = np.where(most_SQ > 0, most_SQ * (1 - TIE), np.inf)  # those who do not vote have a sum of 0
+    # the lowest number has the highest of these, and 0 is for none; a product of int32 is faster than `np.where`
+    last_NS1 = (len(column_DQ) - members_SN.T.astype(np.int32))[..., None]
+    pick_SQ = ((sum_NSQ >= least_SQ) * last_NS1).max(0)
+    return np.where(pick_SQ > 0, len(column_DQ) - pick_SQ, -1).T
 
 
 def _relative_weights(log_weight: Floats) -> Floats:
