@@ -1,3 +1,4 @@
+import hashlib
 import math
 import threading
 import time
@@ -248,48 +249,70 @@ def test_scores_made_with_rollouts_and_those_made_later_are_found(tmp_path, cach
 # What is read of a large cache
 
 
-def many(cache):
-    """300,000 rollouts of 5,000 questions, in parts of 16 MB at most."""
-    rows = 300_000
+def many(cache, each):
+    """300,000 rollouts, as many of each question, in rows of 80 to 90 bytes as in real runs; returns 10,000 of them."""
+    rows, random = 300_000, np.random.default_rng(0)
+    keys = [hashlib.sha256(b"%d" % number).hexdigest()[:16] for number in range(-(-rows // each))]
+    columns = {
+        "row_key": pa.array(keys).take(pa.array(np.arange(rows) // each)),
+        "rollout": pa.array((np.arange(rows) % each).astype(np.int32)),
+        **{name: pa.array(random.random(rows, dtype=np.float32)) for name in ("answer_logprob", "answer_margin")},
+        **{
+            name: parts.ragged(random.random((rows, 6), dtype=np.float32), np.full(rows, 6))
+            for name in ("dissimilarity", "scoring_step_scores")
+        },
+    }
     table = pa.Table.from_pylist([row("x", 0)], schema=ROLLOUT_SCHEMA).take(pa.array(np.zeros(rows, dtype=np.int64)))
-    keys = pa.array([f"{17 * number:016x}" for number in range(5000)]).take(pa.array(np.arange(rows) // 60))
-    table = table.set_column(0, ROLLOUT_SCHEMA.field(0), keys)
-    table = table.set_column(1, ROLLOUT_SCHEMA.field(1), pa.array((np.arange(rows) % 60).astype(np.int32)))
-    for name in ("seconds", "answer_logprob"):  # of a real run more differs: a row takes 77 bytes, here 15
-        field = ROLLOUT_SCHEMA.field(name)
-        noise = pa.array(np.random.default_rng(0).random(rows), field.type)
-        table = table.set_column(table.column_names.index(name), field, noise)
+    for name, column in columns.items():
+        table = table.set_column(table.column_names.index(name), ROLLOUT_SCHEMA.field(name), column)
     with PartWriter(cache.folder) as writer:
-        for start in range(0, rows, 20_000):
-            writer.put(lambda start=start: table.slice(start, 20_000))
-    return wanted(*[(f"{17 * number:016x}", i) for number in range(2000, 2167) for i in range(60)][:10_000])
+        writer.put(lambda: table)
+    return table.select(parts.PLACE).slice(100_000, 10_000).to_pandas()
 
 
-def test_of_a_large_cache_only_the_parts_that_hold_what_is_wanted_are_read(cache, monkeypatch):
-    part = many(cache)
-    sizes = {path: path.stat().st_size for path in parts.part_files(cache.folder)}
-    assert len(sizes) > 2
-    assert max(sizes.values()) <= 16e6
-    first = GatheredRows(part, ROLLOUT_FIELDS)
-    cache.gather(first, {})  # makes the index
-    read, real = [], {name: getattr(type(cache.folder), name) for name in ("read_bytes", "read_text")}
-    for name, method in real.items():
-        monkeypatch.setattr(type(cache.folder), name, lambda path, method=method: read.append(path) or method(path))
-    again = GatheredRows(part, ROLLOUT_FIELDS)
-    cache.gather(again, {})
-    expected = first.frame()
-    assert len(expected) == 10_000
-    pd.testing.assert_frame_equal(again.frame(), expected)
-    held = sum(sizes[path] for path in read if path in sizes)
-    assert cache.folder / parts.INDEX in read
-    assert sum(path.stat().st_size for path in read) <= 1.2 * held < 0.8 * sum(sizes.values())
-    # a part of a real run on a CPU: 4,096 rollouts of 77 bytes; three of them hold these rollouts
-    assert (cache.folder / parts.INDEX).stat().st_size <= 0.08 * 3 * 4096 * 77
-    (cache.folder / parts.INDEX).unlink()
-    rebuilt = GatheredRows(part, ROLLOUT_FIELDS)
-    cache.gather(rebuilt, {})
-    pd.testing.assert_frame_equal(rebuilt.frame(), expected)
-    assert (cache.folder / parts.INDEX).is_file()
+shapes = [4, 16, 256, 5000]
+
+
+@pytest.mark.parametrize("each", [1, 64, *(pytest.param(each, marks=pytest.mark.slow) for each in shapes)])
+def test_of_a_large_cache_only_the_parts_that_hold_what_is_wanted_are_read(cache, monkeypatch, each):
+    monkeypatch.setattr(parts, "MAX_PART_BYTES", 1 << 20)  # a part has about 4,096 rollouts, as in real runs on a CPU
+    part, read = many(cache, each), []
+    method = type(cache.folder).read_bytes
+    monkeypatch.setattr(type(cache.folder), "read_bytes", lambda path: read.append(path) or method(path))
+
+    def share_read():
+        """Gather; the bytes that were read, as a share of those of the parts that hold what is wanted."""
+        read.clear()
+        rows = GatheredRows(part, ROLLOUT_FIELDS)
+        cache.gather(rows, {})
+        seen = [len(method(path)) for path in read]
+        assert rows.complete
+        holding = [
+            path.stat().st_size
+            for path in parts.part_files(cache.folder)
+            if rows.contains(pq.read_table(path, columns=parts.PLACE)).any()
+        ]
+        return sum(seen) / sum(holding)
+
+    assert len(parts.part_files(cache.folder)) > 50
+    assert share_read() <= 1.2
+    for name in (parts.INDEX, parts.SAMPLE):
+        (cache.folder / name).unlink()
+        share_read()
+        assert (cache.folder / name).is_file()
+        assert share_read() <= 1.2
+
+
+def test_parts_are_of_at_most_16_mb_also_where_rows_of_a_batch_differ_in_length(cache):
+    lengths = np.repeat([3, 2000], [30_000, 4000])
+    ids = np.random.default_rng(0).integers(0, 128_000, (len(lengths), 2000), np.int32)
+    columns = {"row_key": ["a"] * len(lengths), "rollout": range(len(lengths)), "ids": parts.ragged(ids, lengths)}
+    with PartWriter(cache.folder) as writer:
+        writer.put(lambda: pa.table(columns))
+    written = {path: path.stat().st_size for path in parts.part_files(cache.folder)}
+    assert 1 < len(written) < 9
+    assert max(written.values()) <= 16e6
+    assert pq.read_table(list(written)).sort_by("rollout").equals(pa.table(columns))
 
 
 def test_a_damaged_index_is_made_again_and_one_of_parts_that_are_gone_forgets_them(cache):

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -29,7 +29,8 @@ from latent_tts.errors import RunError
 from latent_tts.results.files import bytes_digest, set_aside, whole_file, written_in_parts
 from latent_tts.types import Bools, Float32, Int64
 
-PART_SUFFIX, INDEX = ".parquet", "index.json.gz"
+PART_SUFFIX, INDEX, SAMPLE = ".parquet", "index.json.gz", "sample.json.gz"
+SAMPLED = 32  # k of 32 runs of k rows are in the sample of the index: a part has some, however few rows a run has
 PART_NAME = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}\.parquet")
 MAX_PART_BYTES = 12 << 20  # in memory; on the disk a part is smaller, and never larger than 16 MB
 MIN_RELEASED_BYTES = 1 << 20  # giving back less takes longer than reading it
@@ -37,6 +38,8 @@ MAX_WAITING = 4  # tables that the writer has not taken yet
 SECONDS_TO_SAY = 10.0  # that the work has waited for the disk
 PLACE = ["row_key", "rollout"]  # what identifies a row
 FRACTIONS = pa.list_(pa.float32())
+Run: TypeAlias = tuple[str, int, int]  # of rows: row key, first rollout, how many
+Index: TypeAlias = dict[str, list[Run]]  # by part
 log = logging.getLogger(__name__)
 pa.set_memory_pool(pa.system_memory_pool())  # see `release_memory`
 
@@ -44,9 +47,9 @@ pa.set_memory_pool(pa.system_memory_pool())  # see `release_memory`
 # Writing
 
 
-def write_part(folder: Path, table: pa.Table) -> None:
-    """Write one part."""
-    with whole_file(folder / f"{uuid.uuid4().hex}{PART_SUFFIX}", add_digest=True) as path:
+def write_part(folder: Path, table: pa.Table, name: str | None = None) -> None:
+    """Write one part; `name` is what the index calls it (default: a new one)."""
+    with whole_file(folder / f"{name or uuid.uuid4().hex}{PART_SUFFIX}", add_digest=True) as path:
         # Arrow takes a relative path with a colon for a URI
         pq.write_table(table, path.absolute(), compression="zstd", compression_level=1)
 
@@ -64,6 +67,7 @@ class PartWriter:
         self._queue: queue.Queue[Callable[[], pa.Table] | None] = queue.Queue(MAX_WAITING)
         self._thread = threading.Thread(target=self._write_all, name="part writer")
         self._error: BaseException | None = None
+        self._index: Index = {}
         self._waited, self._wrote, self._said = 0.0, 0.0, False  # seconds; whether that was said
 
     def __enter__(self) -> PartWriter:
@@ -100,12 +104,20 @@ class PartWriter:
             self._error = error
             for _ in queued:  # no `put` may wait for a place in the queue
                 pass
+        if self._index:
+            _write_index(self._folder, _read_index(self._folder / INDEX) | self._index)
 
     def _write(self, tables: Sequence[pa.Table]) -> None:
-        table, started = pa.concat_tables(tables), time.perf_counter()
-        rows = max(1, len(table) * MAX_PART_BYTES // max(table.nbytes, 1))
-        for start in range(0, len(table), rows):
-            write_part(self._folder, table.slice(start, rows))
+        pieces, started = [pa.concat_tables(tables)], time.perf_counter()
+        while pieces:
+            part = pieces.pop()
+            half = len(part) // 2
+            if part.nbytes > MAX_PART_BYTES and half:  # rows may be of very different lengths
+                pieces += [part.slice(half), part.slice(0, half)]
+            else:
+                name = uuid.uuid4().hex
+                write_part(self._folder, part, name)
+                self._index[name] = _runs(part)
         self._wrote += time.perf_counter() - started
 
 
@@ -120,30 +132,53 @@ def part_files(folder: Path) -> list[Path]:
 def tables_holding(folder: Path, rows: GatheredRows, columns: list[str]) -> Iterator[pa.Table]:
     """Columns of the whole parts that hold rows which are still missing, one part after another.
 
-    Which rows a part holds is in an index beside the parts. Of parts that are not in it, all is read.
+    Which rows a part holds is in an index beside the parts, and in a smaller sample of it, which mostly suffices. Of
+    parts that are not in the index, all is read.
 
     Raises:
         RunError: see `whole_parts`.
     """
-    there, known = part_files(folder), _read_index(folder / INDEX)
-    index = {path.name: known[path.name] for path in there if path.name in known}
-    holding = [path for path in there if path.name not in index or rows.any_missing(index[path.name])]
+    there, sample = {_name(path): path for path in part_files(folder)}, _read_index(folder / SAMPLE)
+    sampled = (path for name, path in there.items() if rows.any_missing(sample.get(name, ())))
+    yield from (table for _, table in whole_parts(sampled, columns))
+    if rows.complete and (folder / INDEX).is_file():
+        return
+    known = _read_index(folder / INDEX)
+    index = {name: known[name] for name in known if name in there}
+    holding = (path for name, path in there.items() if name not in index or rows.any_missing(index[name]))
     for path, table in whole_parts(holding, columns):
-        if path.name not in index:
-            runs = runs_of(table.select(PLACE).to_pandas())
-            index[path.name] = [(key, numbers.start, len(numbers)) for key, numbers in runs]
+        if _name(path) not in index:
+            index[_name(path)] = _runs(table)
         yield table
-    if index != known:
-        with suppress(OSError), whole_file(folder / INDEX) as path:  # without it, the parts are read
-            path.write_bytes(gzip.compress(json.dumps(index).encode(), mtime=0))
+    if not known.keys() == index.keys() == sample.keys():
+        _write_index(folder, index)
 
 
-def _read_index(path: Path) -> dict[str, list[tuple[str, int, int]]]:
-    """For each part the runs of rows (row key, first rollout, how many); none where the file is missing or damaged."""
+def _name(path: Path) -> str:
+    return path.name.partition("-")[0]
+
+
+def _runs(table: pa.Table) -> list[Run]:
+    return [(key, numbers.start, len(numbers)) for key, numbers in runs_of(table.select(PLACE).to_pandas())]
+
+
+def _read_index(path: Path) -> Index:
+    """The index or its sample; empty where the file is missing or damaged."""
     try:
         return json.loads(gzip.decompress(path.read_bytes()))  # which checks a checksum
     except (OSError, EOFError, ValueError, zlib.error):
         return {}
+
+
+def _write_index(folder: Path, index: Index) -> None:
+    """Write the index and its sample, if the folder can be written to: without them, the parts are read."""
+    sample = {
+        name: [run for run in runs if zlib.crc32(run[0].encode()) % SAMPLED < run[2]] for name, runs in index.items()
+    }
+    with suppress(OSError):
+        for file, content in ((INDEX, index), (SAMPLE, sample)):
+            with whole_file(folder / file) as path:
+                path.write_bytes(gzip.compress(json.dumps(content).encode(), 6, mtime=0))
 
 
 def whole_parts(paths: Iterable[Path], columns: list[str]) -> Iterator[tuple[Path, pa.Table]]:
@@ -234,11 +269,17 @@ class GatheredRows:
         """Which rows of a table are wanted."""
         return self._places(self._ids_of(table)) >= 0
 
-    def any_missing(self, runs: Iterable[tuple[str, int, int]]) -> bool:
-        """Whether any of some runs of rows (row key, first rollout, how many) holds a row that is still missing."""
-        ids = [(self._codes.get(key, -1) << 32) + np.arange(first, first + count) for key, first, count in runs]
-        places = self._places(np.concatenate(ids))
+    def any_missing(self, runs: Iterable[Run]) -> bool:
+        """Whether any of some runs holds a row that is still missing."""
+        codes = self._codes
+        ids = [(codes[key] << 32) + np.arange(first, first + count) for key, first, count in runs if key in codes]
+        places = self._places(np.concatenate([self._first[:0], *ids]))
         return not self._found[places[places >= 0]].all()
+
+    @property
+    def complete(self) -> bool:
+        """Whether no row is missing."""
+        return bool(self._found.all())
 
     def missing(self) -> pd.DataFrame:
         """The rows of `wanted` that are still missing."""
@@ -246,7 +287,7 @@ class GatheredRows:
 
     def frame(self) -> pd.DataFrame:
         """The rows that were found, in the order of `wanted`, with their columns but lists of fractions."""
-        places = self.wanted[PLACE] if self._found.all() else self.wanted.loc[self._found, PLACE]
+        places = self.wanted[PLACE] if self.complete else self.wanted.loc[self._found, PLACE]
         columns = {}
         for field in self._schema:
             if field.type != FRACTIONS:
@@ -280,7 +321,7 @@ class GatheredRows:
         """A column by pieces, each with the places of its rows among those found; it is not kept here any longer."""
         columns = [table[name].combine_chunks() for _, table in self._pieces]
         self._pieces = [(places, table.drop_columns(name)) for places, table in self._pieces]
-        ranks = None if self._found.all() else self._found.cumsum() - 1
+        ranks = None if self.complete else self._found.cumsum() - 1
         if sum(column.nbytes for column in columns) >= MIN_RELEASED_BYTES:
             release_memory()
         return [
