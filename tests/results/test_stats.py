@@ -1,3 +1,4 @@
+from collections import Counter
 from fractions import Fraction
 from itertools import combinations, pairwise
 
@@ -185,6 +186,16 @@ def test_picks_out_of_fewer_rollouts_are_means_over_all_subsets_or_close_to_them
     error = 0 if exact else 0.5 / np.sqrt(stats.SUBSETS)
     np.testing.assert_allclose(got, expected, rtol=0, atol=4.5 * error + 1e-12)
     assert got.mean() == pytest.approx(np.mean(expected), abs=0.03 if error else 1e-12)
+
+
+@pytest.mark.parametrize(("drawn", "n"), [(1, 1), (6, 1), (6, 3), (6, 6), (300, 1), (64, 20), (5000, 3)])
+def test_agreement_is_the_share_of_the_most_frequent_answer_in_the_same_subsets(drawn, n):
+    predictions = np.random.default_rng(n).integers(-1, 4, (5, drawn))
+    predictions[1] = -1
+    members = subsets_of(drawn, n)
+    expected = [np.mean([Counter(row[row >= 0]).most_common(1)[0][1] if (row >= 0).any() else 0 for row in p[members]])
+                for p in predictions]  # fmt: skip
+    np.testing.assert_allclose(stats.agreement(predictions, n), np.array(expected) / n, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("aggregator", "plain"), AGGREGATORS)

@@ -6,10 +6,11 @@ C clusters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from itertools import combinations
 from math import comb, log2
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,24 +76,35 @@ def picked_accuracies(aggregator: Aggregator, rollouts: RolloutArrays, budgets: 
 
 
 def _accuracies(aggregator: Aggregator, rollouts: RolloutArrays, correct_QD: Bools, budgets: Sequence[int]) -> Floats:
-    rule, (questions, drawn) = aggregator.rule(rollouts), correct_QD.shape
+    rule = aggregator.rule(rollouts)
     if isinstance(rule, Ranking):
         return _ranked_accuracies(rule.value_QD, correct_QD, budgets)
     if isinstance(rule, Picks):
         pick, columns = rule.pick, 1
     else:
-        column_DQ, log_weight_DQ = _votes(rule, rollouts)
+        column_DQ, log_weight_DQ = _votes(rule, rollouts.prediction_QD)
         pick, columns = partial(_elect, column_DQ, log_weight_DQ), int(column_DQ.max()) + 1
-    right_BQ, count_B1 = np.zeros((len(budgets), questions)), np.zeros((len(budgets), 1))
+
+    def right(members_SN: Int64) -> Bools:
+        pick_QS = pick(members_SN)
+        return np.take_along_axis(correct_QD, np.maximum(pick_QS, 0), axis=1) & (pick_QS >= 0)
+
+    return _means(right, correct_QD.shape, columns, budgets)
+
+
+def _means(
+    figure: Callable[[Int64], NDArray[Any]], shape: tuple[int, ...], columns: int, budgets: Sequence[int]
+) -> Floats:
+    """Means (B, Q) over subsets of a figure (Q, S) of some (S, N) of them, which has a table of so many columns."""
+    questions, drawn = shape
+    sum_BQ, count_B1 = np.zeros((len(budgets), questions)), np.zeros((len(budgets), 1))
     for place, members_SN in _all_subsets(drawn, budgets):
         count_B1[place] += len(members_SN)
         n = members_SN.shape[1]
         step = max(1, MAX_CELLS // max(questions * n, columns if n > 1 else 1))
         for start in range(0, len(members_SN), step):
-            pick_QS = pick(members_SN[start : start + step])
-            right_QS = np.take_along_axis(correct_QD, np.maximum(pick_QS, 0), axis=1)
-            right_BQ[place] += (right_QS & (pick_QS >= 0)).sum(1)
-    return right_BQ / count_B1
+            sum_BQ[place] += figure(members_SN[start : start + step]).sum(1)
+    return sum_BQ / count_B1
 
 
 def agreement(prediction_QD: NDArray[np.int64], n: int) -> Floats:
@@ -102,14 +114,13 @@ def agreement(prediction_QD: NDArray[np.int64], n: int) -> Floats:
         prediction_QD: as in `RolloutArrays`; what cannot be read is no answer.
         n: rollouts of a subset, at most D.
     """
-    drawn = prediction_QD.shape[1]
-    pieces = list(subsets(drawn, n))
-    shares = np.empty(len(prediction_QD))
-    for question, row_D in enumerate(prediction_QD):
-        is_answer_CD = row_D == np.unique(row_D[row_D >= 0])[:, None]
-        counts = [is_answer_CD[:, piece_SN].sum(2).max(0, initial=0) for piece_SN in pieces]
-        shares[question] = np.concatenate(counts).mean() / n
-    return shares
+    return np.concatenate([_agreement(prediction_QD[part], n) for part in _parts(*prediction_QD.shape)])
+
+
+def _agreement(prediction_QD: NDArray[np.int64], n: int) -> Floats:
+    votes = _votes(Vote(np.zeros(prediction_QD.shape)), prediction_QD)
+    columns = int(votes[0].max()) + 1
+    return _means(lambda members_SN: _sums(*votes, members_SN).max(0).T, prediction_QD.shape, columns, [n])[0] / n
 
 
 def supported_picks(aggregator: Aggregator, rollouts: RolloutArrays) -> tuple[Int64, Floats]:
@@ -137,7 +148,7 @@ def _supported_picks(aggregator: Aggregator, rollouts: RolloutArrays) -> tuple[I
         pick_Q1 = np.where(value_QD.max(1) > -np.inf, value_QD.argmax(1), -1)[:, None]
         support_Q = np.take_along_axis(value_QD, pick_Q1, axis=1)[:, 0]
     else:
-        column_DQ, log_weight_DQ = _votes(rule, rollouts)
+        column_DQ, log_weight_DQ = _votes(rule, rollouts.prediction_QD)
         pick_Q1 = _elect(column_DQ, log_weight_DQ, everyone_1D)
         # a row per question: sums over columns would depend on how many questions there are
         weight_QD = np.ascontiguousarray(_relative_weights(log_weight_DQ).T)
@@ -215,13 +226,13 @@ def _ranked_accuracies(value_QD: Floats, correct_QD: Bools, budgets: Sequence[in
     return np.array([(right_QD * -np.diff(_none_of(value_QD.shape[1], n))).sum(1) for n in budgets])
 
 
-def _votes(rule: Vote, rollouts: RolloutArrays) -> tuple[Int64, Floats]:
+def _votes(rule: Vote, prediction_QD: Int64) -> tuple[Int64, Floats]:
     """The column of each rollout (D, Q) in one table of all questions and predictions, and its log-weight (D, Q).
 
     Those of a question that do not vote share a column, and their log-weight is -inf.
     """
-    votes_QD = (rollouts.prediction_QD >= 0) & np.isfinite(rule.log_weight_QD)
-    prediction_QD = np.where(votes_QD, rollouts.prediction_QD, -1)
+    votes_QD = (prediction_QD >= 0) & np.isfinite(rule.log_weight_QD)
+    prediction_QD = np.where(votes_QD, prediction_QD, -1)
     order_QD = np.argsort(prediction_QD, axis=1)
     sorted_QD = np.take_along_axis(prediction_QD, order_QD, axis=1)
     new_QD = np.diff(sorted_QD, axis=1, prepend=-2) > 0
@@ -233,18 +244,23 @@ def _votes(rule: Vote, rollouts: RolloutArrays) -> tuple[Int64, Floats]:
 
 def _elect(column_DQ: Int64, log_weight_DQ: Floats, members_SN: Int64) -> Int64:
     """The picks (Q, S) of votes among the members of each subset, -1 for none; see `_votes`."""
-    if members_SN.shape[1] == 1:  # many subsets, for which a table would be large
-        return np.where(np.isfinite(log_weight_DQ[members_SN[:, 0]]), members_SN, -1).T
-    cell_NSQ = column_DQ[members_SN.T]
-    cell_NSQ += np.arange(len(members_SN))[:, None] * (column_DQ.max() + 1)
-    weight_NSQ = _relative_weights(log_weight_DQ[members_SN.T])
-    sum_NSQ = np.bincount(cell_NSQ.ravel(), weight_NSQ.ravel())[cell_NSQ]
+    sum_NSQ = _sums(column_DQ, log_weight_DQ, members_SN)
     most_SQ = sum_NSQ.max(0)
     least_SQ = np.where(most_SQ > 0, most_SQ * (1 - TIE), np.inf)  # those who do not vote have a sum of 0
     # the lowest number has the highest of these, and 0 is for none; a product of int32 is faster than `np.where`
     last_NS1 = (len(column_DQ) - members_SN.T.astype(np.int32))[..., None]
     pick_SQ = ((sum_NSQ >= least_SQ) * last_NS1).max(0)
     return np.where(pick_SQ > 0, len(column_DQ) - pick_SQ, -1).T
+
+
+def _sums(column_DQ: Int64, log_weight_DQ: Floats, members_SN: Int64) -> np.ndarray:
+    """The weight (N, S, Q) for each member's prediction in its subset, relative to the largest weight of a member."""
+    weight_NSQ = _relative_weights(log_weight_DQ[members_SN.T])
+    if members_SN.shape[1] == 1:  # many subsets, for which a table would be large
+        return weight_NSQ
+    cell_NSQ = column_DQ[members_SN.T]
+    cell_NSQ += np.arange(len(members_SN))[:, None] * (column_DQ.max() + 1)
+    return np.bincount(cell_NSQ.ravel(), weight_NSQ.ravel())[cell_NSQ]
 
 
 def _relative_weights(log_weight: Floats) -> Floats:
