@@ -1,5 +1,6 @@
 from itertools import permutations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -65,6 +66,13 @@ def test_what_a_tolerance_lets_pass_is_right_and_still_two_votes():
     rule = AnswerRule("decimal", 0.5)
     assert rule.is_right("18.4", "18")
     assert shared_forms(["18", "18.4", "18"], rule.equal) == ["18", "18.4", "18"]
+
+
+def test_many_different_numbers_are_not_compared_in_pairs(monkeypatch):
+    monkeypatch.setattr(AnswerRule, "equal", lambda *arguments: pytest.fail("two numbers are compared"))
+    answers = [*map(str, range(20)), None, "3"]
+    assert shared_forms(answers, AnswerRule("decimal").equal_by_value) == answers
+    assert shared_forms(answers, AnswerRule("words").equal_by_value) == answers
 
 
 def test_equal_values_in_latex_are_one_vote():

@@ -34,7 +34,7 @@ class ArrivingVotes:
             self._answers[key].append(adapter.read_answer(adapter.answer_text(list(ids)), rule))
         for key in dict.fromkeys(key for key, _ in places):
             answers = self._answers[key]
-            votes = votes_text(count_votes(shared_forms(answers, rule.equal)), answers.count(None))
+            votes = votes_text(count_votes(shared_forms(answers, rule.equal_by_value)), answers.count(None))
             text = shorten(self._questions[key].text, MAX_TEXT, placeholder="...") if len(self._questions) > 1 else ""
             report.print_status(f"{text} {report.counted(len(answers), 'rollout')}: {votes}".lstrip())
 

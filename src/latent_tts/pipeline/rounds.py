@@ -58,7 +58,7 @@ class Tallying:
             defaultdict[str, list[Any]](list) for _ in spec.questions
         ]  # of each question's rollouts, in order
         rule = spec.task.rule
-        self._equal = cache(rule.equal) if rule.name == "latex" else None
+        self._equal = rule.equal_by_value and cache(rule.equal_by_value)
 
     def add(self, rows: pd.DataFrame, score: Floats | None, before: Sequence[int], counts: Sequence[int]) -> None:
         """Add the next rollouts of each question.
@@ -177,7 +177,7 @@ def _picks(spec: RunSpec, outcome: Outcome) -> Int64:
 
 def _used_answers(tally: Tally, stop: Stop) -> Int64:
     """The answers of the rollouts that a question used, see `answer_codes`."""
-    return answer_codes(shared_forms(tally.answers[: stop.used], tally.equal or str.__eq__))
+    return answer_codes(shared_forms(tally.answers[: stop.used], tally.equal))
 
 
 def adaptive_figures(spec: RunSpec, outcome: Outcome, rollouts: pd.DataFrame, table: pd.DataFrame) -> list[Figures]:

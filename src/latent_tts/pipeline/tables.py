@@ -123,7 +123,7 @@ def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
     right = column(map(is_right, answers, of_questions(question.answer for question in spec.questions)), bool)
     for start, end in pairwise([0, *accumulate(counts)]):
         # equal answers of a question get one form, so that they are one vote
-        answers[start:end] = shared_forms(answers[start:end].tolist(), rule.equal)
+        answers[start:end] = shared_forms(answers[start:end].tolist(), rule.equal_by_value)
     ids = column(of_questions(question.id for question in spec.questions))
     return pd.DataFrame(
         {

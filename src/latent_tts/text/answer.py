@@ -67,6 +67,11 @@ class AnswerRule:
             return one == other
         return latex.equal_latex(one, other, self.guard) and latex.equal_latex(other, one, self.guard)
 
+    @property
+    def equal_by_value(self) -> Callable[[str, str], bool] | None:
+        """`equal`; None where only equal texts are one vote, so that nothing needs to be compared."""
+        return self.equal if self.name == "latex" else None
+
 
 def canonical_words(raw: str | None) -> str | None:
     """The canonical form of a text: `Every Cat  is a dog.` and `every cat is a dog` agree.
@@ -86,7 +91,7 @@ def canonical_words(raw: str | None) -> str | None:
     return CHOICE.sub(r"\1", text) or None
 
 
-def shared_forms(answers: Sequence[str | None], equal: Callable[[str, str], bool]) -> list[str | None]:
+def shared_forms(answers: Sequence[str | None], equal: Callable[[str, str], bool] | None) -> list[str | None]:
     """Replace each answer by the first member of its class; answers of one class are one vote.
 
     Equality by value is not transitive, so classes depend on the order in which they are formed. The distinct answers
@@ -95,8 +100,10 @@ def shared_forms(answers: Sequence[str | None], equal: Callable[[str, str], bool
 
     Args:
         answers: canonical answers of one question; None for unreadable ones, which have no class.
-        equal: whether two answers have the same value.
+        equal: whether two answers have the same value; None: where they are equal texts.
     """
+    if equal is None:  # answers may be many, and below each is compared with all leaders
+        return list(answers)
     leaders: list[str] = []
     leader_of: dict[str | None, str | None] = {None: None}
     for answer in sorted({answer for answer in answers if answer is not None}, key=lambda text: (len(text), text)):
