@@ -284,6 +284,15 @@ class FixedRollouts(RolloutState, Bucket[Passes, Rollouts]):
                     self._rows[passes.target] = self._all.smaller(passes.target)
                 self._rows[passes.target].take(self._rows[passes.source])
 
+    def clear(self) -> None:
+        """See `Bucket`."""
+        super().clear()
+        answers = self._answers
+        for tensor in (answers.ids_RA, answers.lengths_R, answers.stopped_R):
+            tensor.zero_()
+        if self._thinking_R is not None:  # otherwise all rows have T steps
+            self._steps_R.zero_()
+
     def restore(self) -> None:
         """See `Bucket`."""
         self._at_1.zero_()

@@ -120,6 +120,12 @@ class Bucket(Generic[Pass, Found]):
         """Run some passes, as they are recorded."""
         raise NotImplementedError
 
+    def clear(self) -> None:
+        """Clear what was computed: a recording that does not write it would find what was run."""
+        for tensor in self.tensors():
+            if tensor.is_floating_point():
+                tensor.zero_()
+
     def restore(self) -> None:
         """Go back to where every pass has room, though what it computes there is of no use."""
 
@@ -154,9 +160,7 @@ class Bucket(Generic[Pass, Found]):
         load()
         found = walk(partial(run, replayed=self.trusted))
         if recorded := [passes for passes in met if passes in self._replays]:
-            for tensor in self.tensors():
-                if tensor.is_floating_point():
-                    tensor.zero_()  # a recording that writes nothing would find what was run
+            self.clear()
             load()
             self.check(walk(partial(run, replayed=self._replays)), found, _REPLAYED, "when they are replayed")
             self.trusted.update(recorded)
