@@ -1,5 +1,6 @@
 import hashlib
 import math
+import signal
 import threading
 import time
 from contextlib import suppress
@@ -411,6 +412,36 @@ def test_work_that_waits_for_a_place_in_the_queue_goes_on_when_writing_fails(cac
     work.join(timeout=60)
     assert not work.is_alive()
     assert len(raised) == 1
+
+
+def test_a_second_interruption_leaves_no_thread_that_waits(cache, monkeypatch):
+    """The process would wait for it at its end."""
+    write, goes_on, ended = parts.write_part, threading.Event(), threading.Event()
+
+    class Writer(PartWriter):
+        def _write_all(self):
+            super()._write_all()
+            ended.set()
+
+    monkeypatch.setattr(parts, "write_part", lambda *arguments: (goes_on.wait(60), write(*arguments)))
+    monkeypatch.setattr(parts, "MAX_PART_BYTES", 1)
+    count = parts.MAX_WAITING + 1  # as many as there is room for, and the one that is being written
+    writer = Writer(cache.folder)
+
+    def draw():
+        with writer:
+            for rollout in range(count):
+                writer.put(lambda rollout=rollout: pa.Table.from_pylist([row("a", rollout)], ROLLOUT_SCHEMA))
+            threading.Timer(0.3, signal.pthread_kill, [threading.get_ident(), signal.SIGINT]).start()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw()
+    goes_on.set()
+    has_ended = ended.wait(10)
+    writer._queue.put(None)  # otherwise this process would not end either
+    assert has_ended
+    assert len(there(cache, *[("a", rollout) for rollout in range(count)])) == count
 
 
 def test_a_file_system_that_is_slower_than_the_work_is_named_once(cache, monkeypatch, caplog):

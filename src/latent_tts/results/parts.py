@@ -64,7 +64,9 @@ class PartWriter:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._queue: queue.Queue[Callable[[], pa.Table] | None] = queue.Queue(MAX_WAITING)
+        # bounded by what waits, so that the end is never kept waiting: Ctrl-C there would leave a thread without one
+        self._queue: queue.SimpleQueue[Callable[[], pa.Table] | None] = queue.SimpleQueue()
+        self._room = threading.Semaphore(MAX_WAITING)
         self._thread = threading.Thread(target=self._write_all, name="part writer")
         self._error: BaseException | None = None
         self._index: Index = {}
@@ -79,6 +81,7 @@ class PartWriter:
         if self._error is not None:
             raise self._error
         started = time.perf_counter()
+        self._room.acquire()
         self._queue.put(make)
         self._waited += time.perf_counter() - started
         if not self._said and min(self._waited, self._wrote) > SECONDS_TO_SAY:
@@ -99,11 +102,12 @@ class PartWriter:
         try:
             with written_in_parts(self._write, lambda table: table.nbytes, MAX_PART_BYTES) as take:
                 for make in queued:
+                    self._room.release()
                     take([make()])
         except BaseException as error:
             self._error = error
-            for _ in queued:  # no `put` may wait for a place in the queue
-                pass
+            for _ in queued:  # no `put` may wait for room
+                self._room.release()
         if self._index:
             _write_index(self._folder, _read_index(self._folder / INDEX) | self._index)
 
