@@ -271,10 +271,10 @@ def many(cache, each):
     return table.select(parts.PLACE).slice(100_000, 10_000).to_pandas()
 
 
-shapes = [4, 16, 256, 5000]
+shapes = [1, 4, 16, 256, 5000]
 
 
-@pytest.mark.parametrize("each", [1, 64, *(pytest.param(each, marks=pytest.mark.slow) for each in shapes)])
+@pytest.mark.parametrize("each", [64, *(pytest.param(each, marks=pytest.mark.slow) for each in shapes)])
 def test_of_a_large_cache_only_the_parts_that_hold_what_is_wanted_are_read(cache, monkeypatch, each):
     monkeypatch.setattr(parts, "MAX_PART_BYTES", 1 << 20)  # a part has about 4,096 rollouts, as in real runs on a CPU
     part, read = many(cache, each), []

@@ -17,7 +17,8 @@ class DirectionSums:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, tuple[int, Tensor]] = {}
+        # in a tensor for all questions of a batch: small ones would lie between what later batches free and need again
+        self._sums: dict[str, tuple[int, Tensor, int]] = {}
 
     def counted(self, key: str) -> int:
         """How many of a question's first rollouts its sums hold."""
@@ -25,12 +26,15 @@ class DirectionSums:
 
     def get(self, key: str) -> tuple[int, Tensor] | None:
         """How many rollouts of a question were taken in, and the sums (T, D) of their directions; None if none were."""
-        return self._sums.get(key)
+        if key not in self._sums:
+            return None
+        count, sums_QTD, place = self._sums[key]
+        return count, sums_QTD[place]
 
     def put(self, key: str, count: int, sums_TD: Tensor, *, kept: Collection[str] = ()) -> None:
         """Set what `get` returned somewhere else; the sums of the questions in `kept` are not dropped."""
         self.forget(key)
-        self._sums[key] = count, sums_TD
+        self._sums[key] = count, sums_TD[None], 0
         self._drop_oldest(kept)
 
     def forget(self, key: str) -> None:
@@ -56,23 +60,25 @@ class DirectionSums:
         counted = [self.counted(key) for key in keys]
         if counted != first or len(set(keys)) < len(keys):
             raise ValueError(f"the sums hold {counted} rollouts, and those before {first} are needed")
-        nothing_TD = torch.zeros(latents_RTD.shape[1:], dtype=torch.float64, device=latents_RTD.device)
-        known = [self._sums.pop(key, (0, nothing_TD))[1].to(latents_RTD.device) for key in keys]
+        sums_QTD = latents_RTD.new_zeros(len(keys), *latents_RTD.shape[1:], dtype=torch.float64)
+        for place, key in enumerate(keys):
+            if (known := self.get(key)) is not None:
+                sums_QTD[place] = known[1]
         units_RTD = torch.nn.functional.normalize(latents_RTD.double(), dim=-1, eps=1e-300)
-        units_QNTD, sums_QTD = units_RTD.unflatten(0, (len(keys), -1)), torch.stack(known)
+        units_QNTD = units_RTD.unflatten(0, (len(keys), -1))
         before_QNTD = units_QNTD.cumsum(1) - units_QNTD + sums_QTD[:, None]
         cosines_QNT = (units_QNTD * before_QNTD).sum(-1).cpu()
         rollouts = units_QNTD.shape[1]
-        for key, count, sums_TD in zip(keys, counted, sums_QTD + units_QNTD.sum(1), strict=True):
-            self._sums[key] = count + rollouts, sums_TD.clone()
+        sums_QTD += units_QNTD.sum(1)
+        for place, (key, count) in enumerate(zip(keys, counted, strict=True)):
+            self.forget(key)
+            self._sums[key] = count + rollouts, sums_QTD, place
         self._drop_oldest(kept)
         others_QN = torch.tensor(counted, dtype=torch.float64)[:, None] + torch.arange(rollouts)
         return (others_QN[..., None] - cosines_QNT).float().flatten(0, 1)
 
     def _drop_oldest(self, kept: Collection[str] = ()) -> None:
-        held = sum(sums_TD.nbytes for _, sums_TD in self._sums.values())
-        for key in [key for key in self._sums if key not in kept]:
-            if held <= MAX_KEPT_BYTES:
-                return
-            held -= self._sums[key][1].nbytes
+        sums_QTD = next(iter(self._sums.values()))[1]  # all are of one size
+        surplus = len(self._sums) - MAX_KEPT_BYTES * len(sums_QTD) // max(1, sums_QTD.nbytes)
+        for key in [key for key in self._sums if key not in kept][: max(0, surplus)]:
             self.forget(key)
