@@ -165,6 +165,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow
 def test_a_refused_command_imports_no_torch(tmp_path):
     assert [line.split()[0] for line in REFUSED] == list(COMMANDS)
     options = [f"latent_tts.{module}" for module in PATHS if room_of(module) in GROUPS]

@@ -170,7 +170,7 @@ class Runs:
         return run
 
 
-@pytest.mark.parametrize("max_bytes", [1e9, 1])
+@pytest.mark.parametrize("max_bytes", [1e9, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_case_of_that_table_is_replayed_or_said_not_to_be(table, engine_benchmark, monkeypatch, max_bytes):
     recordings = partial(Recordings, "cpu", needed=True, new_recorder=Runs, max_bytes=max_bytes)
     monkeypatch.setattr(table, "new_recordings", lambda *given: recordings())

@@ -120,6 +120,7 @@ def fuzzing(draws: int):
 
 
 @fuzzing(12)
+@pytest.mark.slow
 def test_no_line_ends_in_a_raw_exception(ltts, checkpoint, folder, line, damaged, content):
     fuzz(ltts, checkpoint, folder, line, damaged, content)
 

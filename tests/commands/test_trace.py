@@ -156,6 +156,7 @@ def test_the_timeline_adds_up_to_what_the_schedule_counts(trace, schedule, confl
     assert (np.array(own["counts"]["conflicts"]) > 0).all() == conflicts
 
 
+@pytest.mark.slow
 def test_a_model_that_decides_how_many_latents_it_needs(ltts):
     result = ltts("trace", "task=arith", "task.limit=4", "model=demo_colar", "n=2", "directions=1", "beside=null")
     data = data_of(result)
@@ -181,6 +182,7 @@ def test_every_answer_is_shown_where_a_run_decodes_only_its_picks(ltts):
     assert again == drawn
 
 
+@pytest.mark.slow
 def test_a_budget_that_looks_at_rollouts_has_one_pick_and_its_own_counts(ltts):
     line = [
         "task=arith",

@@ -72,6 +72,7 @@ def test_rows_beyond_a_gpus_memory_end_a_dtype_and_lose_nothing(tuned, monkeypat
     assert "measuring failed: CUDA out of memory\nnothing was written" in failed.err
 
 
+@pytest.mark.slow
 def test_answers_are_compared_with_the_first_dtype(tuned, monkeypatch):
     draw = tuning._draw
 

@@ -303,6 +303,7 @@ def test_rows_that_go_on_move_to_smaller_tensors(monkeypatch, family, sampler, p
     assert all(2 * move.target[0] * move.target[1] <= move.source[0] * move.source[1] for move in moves)
 
 
+@pytest.mark.slow
 def test_rows_move_once_other_batches_have_wanted_it(monkeypatch):
     monkeypatch.setattr(graphs, "MIN_ROWS", 1)
     monkeypatch.setattr(sys.modules[__name__], "N", 4)

@@ -110,6 +110,7 @@ def test_tables_equal_those_of_one_worker(run, place, pools, shard, questions, w
     assert record["executor"]["lost"] == len(dies)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_figures")
 def test_what_comes_after_cached_rollouts_is_compared_with_them(run, place, pools):
     opened, _ = pools

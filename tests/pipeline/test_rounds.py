@@ -77,7 +77,7 @@ BUDGETS = {
 
 
 CASES = [(family, name) for family in TEXTS for name in BUDGETS]
-QUICK = {("coconut", "lockout"), ("codi", "shared")}
+QUICK = {("codi", "shared")}
 
 
 @pytest.mark.parametrize(("family", "name"), [case if case in QUICK else slow(*case) for case in CASES])

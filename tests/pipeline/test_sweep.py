@@ -51,6 +51,7 @@ def test_jobs_that_are_one_run_have_a_row_each(run):
     assert "the same run as" in swept.err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_figures")
 def test_a_sweep_over_budgets_has_a_row_of_each(run):
     swept = run("budget=adaptive,ladder", "scorer=none", "-m")

@@ -53,6 +53,7 @@ def test_it_is_sequential_where_the_probe_says_so(write_plan, drawn):
     assert record["config"]["schedule"]["_target_"] == "latent_tts.schedule.sequential.Sequential"
 
 
+@pytest.mark.slow
 def test_it_follows_a_plan_up_to_its_rows(write_plan, drawn):
     write_plan(Speculative(2, 0.3, "zero"))
     explicit = drawn("n=2", "schedule=speculative", "schedule.chunk=2", "schedule.tolerance=0.3", "schedule.guess=zero")

@@ -157,6 +157,7 @@ def test_a_run_takes_a_draft_and_keeps_rollouts_of_others_apart(write_draft, ltt
     assert counts == [12, 12, 0]
 
 
+@pytest.mark.slow
 def test_a_draft_guesses_the_latents_of_another_question_too(write_draft, run):
     draft = "schedule.guess=draft", f"schedule.draft={write_draft('untrained')}"
     result = run("model.latents=3", "n=1", "sampler=control", "sampler.mode=shuffle", "schedule=speculative", *draft)

@@ -421,6 +421,7 @@ SMALL = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_questions_that_a_run_resumes_with_are_told_from_their_texts(ltts, place, checkpoint):
     def write(answer):
         rows = [{"question": f"{n} + 1 ?", "steps": [f"{n} + 1 = {n + 1}"], "answer": n + answer} for n in range(20)]
