@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ class Prompts:
     """The pass over the prompts."""
 
 
-class Bucket(Generic[Pass, Found]):
+class Bucket(ABC, Generic[Pass, Found]):
     """Batches of the same sizes: tensors that stay where they are, the passes over them, and what is recorded of these.
 
     Attributes:
@@ -112,13 +113,13 @@ class Bucket(Generic[Pass, Found]):
         self.trusted: set[Pass] = set()
         self._pool_bytes = 0
 
+    @abstractmethod
     def tensors(self) -> list[Tensor]:
         """All that differs between batches or between the passes of a batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(self, passes: Pass) -> None:
         """Run some passes, as they are recorded."""
-        raise NotImplementedError
 
     def clear(self) -> None:
         """Clear what was computed: a recording that does not write it would find what was run."""
@@ -129,9 +130,9 @@ class Bucket(Generic[Pass, Found]):
     def restore(self) -> None:
         """Go back to where every pass has room, though what it computes there is of no use."""
 
+    @abstractmethod
     def agreement(self, found: Found, wanted: Found, roundings: float) -> float:
         """The share of rollouts of a batch, computed in two ways, that agree within some roundings."""
-        raise NotImplementedError
 
     @property
     def bytes(self) -> int:

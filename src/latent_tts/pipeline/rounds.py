@@ -64,7 +64,7 @@ class Tallying:
         """Add the next rollouts of each question.
 
         Args:
-            rows: `answer_ids`, `answer_logprob`, `latent_steps` and maybe `conflicts` of each, question-major.
+            rows: `answer_ids`, `answer_logprob`, `latent_steps` and `conflicts` of each, question-major.
             score: of each; None where they have none.
             before: how many each question had.
             counts: how many it has now.
@@ -75,7 +75,7 @@ class Tallying:
             "tokens": list(map(len, tokens)),
             "logprob": rows["answer_logprob"].tolist(),
             "steps": rows["latent_steps"].tolist(),
-            "conflicts": rows["conflicts"].tolist() if "conflicts" in rows else [0] * len(rows),
+            "conflicts": rows["conflicts"].tolist(),
             # as in `rollouts.parquet`, so that equal scores there are equal here
             "score": [np.nan] * len(rows) if score is None else score.astype(np.float32).tolist(),
         }
