@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-KEPT_BYTES, OLD_MAX_THRESHOLD = 1 << 30, 1 << 25  # glibc before 2.35 takes no larger one
+KEPT_BYTES = 1 << 30
+MAPPED_BYTES = 1 << 25  # larger tensors come from the system and go back: others could not use what they leave
 NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "std::bad_alloc", "could not create a memory")
 CPU_PRODUCT_ROWS, GPU_PRODUCT_ROWS = 512, 1 << 19  # of the timed products
 GPU_PRODUCT = 1 << 33  # maximum rows * width * width of a GPU's product, so that it has fewer rows from width 128 on
@@ -68,8 +69,7 @@ def keep_freed_memory() -> None:
     with suppress(OSError, AttributeError):  # not every C library has it
         set_option = ctypes.CDLL(None).mallopt
         set_option(M_TRIM_THRESHOLD, KEPT_BYTES)
-        if not set_option(M_MMAP_THRESHOLD, KEPT_BYTES):
-            set_option(M_MMAP_THRESHOLD, OLD_MAX_THRESHOLD)
+        set_option(M_MMAP_THRESHOLD, MAPPED_BYTES)
 
 
 def device_name(device: torch.device | str) -> str:

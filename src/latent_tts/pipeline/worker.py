@@ -59,8 +59,11 @@ from latent_tts.pipeline.worker_checks import work_of
 from latent_tts.results import report
 from latent_tts.results.cache import ROLLOUT_SCHEMA, SCORE_SCHEMA, SCORED_BY, SCORING
 from latent_tts.results.files import settings_digest
-from latent_tts.results.parts import ragged
+from latent_tts.results.parts import ragged, release_memory
 from latent_tts.types import Computation
+
+# after so many, what they freed is given back: later ones, of other sizes, find less and less room in it
+BATCHES_KEPT = 8
 
 Place: TypeAlias = tuple[str, int]
 Sums: TypeAlias = dict[str, tuple[int, Tensor]]  # by row key: see `DirectionSums`
@@ -282,6 +285,7 @@ class Drawer:
             self.rows //= 2
         self.rates = measured_rates(spec.shape.width, spec.engine.dtype, self.device)
         self._sampler = spec.answers.over(spec.sampler)
+        self._computed = 0  # batches
 
     @cached_property
     def engine(self) -> Engine:
@@ -353,7 +357,11 @@ class Drawer:
             most = sum(max_flops(self.spec, job, answers=request.answers) for job in batch)
             shown = batch_progress(shard.bar, self.engine.lm.base_model, self.spec.shape, batch, most)
         with shown:
-            return self.draw(batch, shard) if request.drawn else self._recompute(batch, shard)
+            part = self.draw(batch, shard) if request.drawn else self._recompute(batch, shard)
+        self._computed += 1
+        if self._computed % BATCHES_KEPT == 0:
+            release_memory()
+        return part
 
     def roll(self, batch: Sequence[RolloutJob], *, answers: bool) -> Rollouts:
         """Draw a batch.
