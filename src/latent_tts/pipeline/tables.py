@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import accumulate, chain, pairwise, repeat
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -115,8 +115,8 @@ def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
     def column(values: Iterable[object], dtype: type = object) -> np.ndarray:
         return np.fromiter(values, dtype, len(rows))  # lists of a million rows beside each other would be large
 
-    def of_questions(values: Iterable[object]) -> Iterator[object]:
-        return chain.from_iterable(map(repeat, values, counts))
+    def of_questions(values: Iterable[object]) -> np.ndarray:
+        return np.array([*values], dtype=object).repeat(counts)
 
     texts = column(text_of(tuple(ids)) for ids in rows["answer_ids"])
     answers = column(map(answer_of, rows["stop_reason"], texts))
@@ -124,7 +124,7 @@ def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
     for start, end in pairwise([0, *accumulate(counts)]):
         # equal answers of a question get one form, so that they are one vote
         answers[start:end] = shared_forms(answers[start:end].tolist(), rule.equal_by_value)
-    ids = column(of_questions(question.id for question in spec.questions))
+    ids = of_questions(question.id for question in spec.questions)
     return pd.DataFrame(
         {
             "question_index": np.arange(len(spec.questions), dtype="int32").repeat(counts),
