@@ -67,6 +67,44 @@ def test_sums_of_the_questions_being_compared_are_kept(monkeypatch):
     sums.add(list("abc"), torch.ones(3, 2, 4), first=[1, 1, 1])
 
 
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(
+    steps=st.lists(
+        st.tuples(st.sampled_from(["add", "put", "forget"]), st.lists(st.sampled_from("abcdefg"), unique=True)),
+        max_size=12,
+    ),
+    kept=st.sets(st.sampled_from("abcdefg")),
+    most=st.integers(1, 5),
+)
+def test_sums_are_those_of_a_dictionary_from_which_the_oldest_go(steps, kept, most):
+    sums, expected, numbers = DirectionSums(), {}, iter(range(1000))
+
+    def expect(key, count, value):
+        if expected.pop(key, None) is None:
+            while len(expected) >= most and (oldest := next((each for each in expected if each not in kept), None)):
+                del expected[oldest]
+        expected[key] = count, value
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diversity, "MAX_KEPT_BYTES", most * 8 * 2)
+        for what, keys in steps:
+            if what == "add" and keys:
+                before = [expected.get(key, (0, 0)) for key in keys]
+                latents_R1D = torch.tensor([1.0, 0.0]).expand(len(keys), 1, 2)
+                sums.add(keys, latents_R1D, first=[count for count, _ in before], kept=kept)
+                for key, (count, value) in zip(keys, before, strict=True):
+                    expect(key, count + 1, value + 1)
+            for key in keys if what == "put" else ():
+                expect(key, 7, next(numbers))
+                sums.put(key, 7, torch.tensor([[expected[key][1], 0.0]], dtype=torch.float64), kept=kept)
+            for key in keys if what == "forget" else ():
+                expected.pop(key, None)
+                sums.forget(key)
+    there = {key: sums.get(key) for key in "abcdefg" if sums.get(key) is not None}
+    assert {key: (count, float(sums_TD[0, 0])) for key, (count, sums_TD) in there.items()} == expected
+    assert len({sums_TD.untyped_storage().data_ptr() for _, sums_TD in there.values()}) <= 1
+
+
 @pytest.mark.parametrize(("keys", "first"), [(["a"], [2]), (["a"], [0]), (["b"], [1]), (["b", "b"], [0, 0])])
 def test_rollouts_are_not_compared_with_others_than_those_before_them(keys, first):
     sums = DirectionSums()

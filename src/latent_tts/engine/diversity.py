@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -17,29 +18,33 @@ class DirectionSums:
     """
 
     def __init__(self) -> None:
-        # in a tensor for all questions of a batch: small ones would lie between what later batches free and need again
-        self._sums: dict[str, tuple[int, Tensor, int]] = {}
+        self._known: dict[str, tuple[int, int]] = {}  # by key, the oldest first: rollouts, and the place of their sums
+        # one piece of memory for all: small ones would lie between what later batches free and need again
+        self._sums_PTD = torch.empty(0, 0, 0, dtype=torch.float64)
+        self._free: list[int] = []  # places below `len(self._known) + len(self._free)`
 
     def counted(self, key: str) -> int:
         """How many of a question's first rollouts its sums hold."""
-        return self._sums[key][0] if key in self._sums else 0
+        return self._known[key][0] if key in self._known else 0
 
     def get(self, key: str) -> tuple[int, Tensor] | None:
-        """How many rollouts of a question were taken in, and the sums (T, D) of their directions; None if none were."""
-        if key not in self._sums:
+        """How many rollouts of a question were taken in, and the sums (T, D) of their directions; None if none were.
+
+        The sums are a view, valid until the next `put` or `add`.
+        """
+        if key not in self._known:
             return None
-        count, sums_QTD, place = self._sums[key]
-        return count, sums_QTD[place]
+        count, place = self._known[key]
+        return count, self._sums_PTD[place]
 
     def put(self, key: str, count: int, sums_TD: Tensor, *, kept: Collection[str] = ()) -> None:
         """Set what `get` returned somewhere else; the sums of the questions in `kept` are not dropped."""
-        self.forget(key)
-        self._sums[key] = count, sums_TD[None], 0
-        self._drop_oldest(kept)
+        self._set([key], [count], sums_TD[None], kept)
 
     def forget(self, key: str) -> None:
         """Drop a question's sums."""
-        self._sums.pop(key, None)
+        if key in self._known:
+            self._free.append(self._known.pop(key)[1])
 
     def add(self, keys: list[str], latents_RTD: Tensor, *, first: list[int], kept: Collection[str] = ()) -> Tensor:
         """Compare N rollouts of each of Q questions with those before them, and add them to the sums.
@@ -69,16 +74,29 @@ class DirectionSums:
         before_QNTD = units_QNTD.cumsum(1) - units_QNTD + sums_QTD[:, None]
         cosines_QNT = (units_QNTD * before_QNTD).sum(-1).cpu()
         rollouts = units_QNTD.shape[1]
-        sums_QTD += units_QNTD.sum(1)
-        for place, (key, count) in enumerate(zip(keys, counted, strict=True)):
-            self.forget(key)
-            self._sums[key] = count + rollouts, sums_QTD, place
-        self._drop_oldest(kept)
+        self._set(keys, [count + rollouts for count in counted], sums_QTD + units_QNTD.sum(1), kept)
         others_QN = torch.tensor(counted, dtype=torch.float64)[:, None] + torch.arange(rollouts)
         return (others_QN[..., None] - cosines_QNT).float().flatten(0, 1)
 
-    def _drop_oldest(self, kept: Collection[str] = ()) -> None:
-        sums_QTD = next(iter(self._sums.values()))[1]  # all are of one size
-        surplus = len(self._sums) - MAX_KEPT_BYTES * len(sums_QTD) // max(1, sums_QTD.nbytes)
-        for key in [key for key in self._sums if key not in kept][: max(0, surplus)]:
-            self.forget(key)
+    def _set(self, keys: list[str], counts: list[int], sums_QTD: Tensor, kept: Collection[str]) -> None:
+        """Set the sums of some questions, each once."""
+        if not self._known and not self._free:
+            self._sums_PTD = torch.empty_like(sums_QTD)
+        for key, count in zip(keys, counts, strict=True):
+            self._known[key] = count, self._place_for(key, kept)
+        # without those that others of the batch displaced
+        numbers = {self._known[key][1]: number for number, key in enumerate(keys) if key in self._known}
+        self._sums_PTD[list(numbers)] = sums_QTD[list(numbers.values())].to(self._sums_PTD.device)
+
+    def _place_for(self, key: str, kept: Collection[str]) -> int:
+        """A place for a question's sums, its own if it has one; without room, the oldest questions lose theirs."""
+        if key in self._known:
+            return self._known.pop(key)[1]
+        surplus = 1 + len(self._known) - MAX_KEPT_BYTES // max(1, self._sums_PTD[0].nbytes)
+        for oldest in list(islice((each for each in self._known if each not in kept), max(0, surplus))):
+            self.forget(oldest)
+        if self._free:
+            return self._free.pop()
+        if len(self._known) == len(self._sums_PTD):
+            self._sums_PTD.resize_(2 * len(self._sums_PTD), *self._sums_PTD.shape[1:])
+        return len(self._known)

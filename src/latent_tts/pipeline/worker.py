@@ -62,7 +62,7 @@ from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import ragged, release_memory
 from latent_tts.types import Computation
 
-# after so many, what they freed is given back: later ones, of other sizes, find less and less room in it
+# after so many, what they freed is given back: later ones, of other sizes, do not fit all of it
 BATCHES_KEPT = 8
 
 Place: TypeAlias = tuple[str, int]
@@ -332,7 +332,8 @@ class Drawer:
         if not self.spec.executor.in_process:
             parts = [part if part.make_table is None else part.with_table(part.make_table()) for part in parts]
         compared = [job for job in shard.jobs if shard.sums and job.row_key not in shard.early]
-        sums = {key: (count, sums_TD.cpu()) for key, (count, sums_TD) in sums_of(compared, self._directions).items()}
+        known = sums_of(compared, self._directions).items()
+        sums = {key: (count, sums_TD.to("cpu", copy=True)) for key, (count, sums_TD) in known}
         return Computed(parts, sums, {} if self._max_bytes is None else {self.memory: self._max_bytes})
 
     def batches(self, jobs: Sequence[RolloutJob]) -> Iterator[list[RolloutJob]]:
