@@ -98,5 +98,7 @@ class DirectionSums:
         if self._free:
             return self._free.pop()
         if len(self._known) == len(self._sums_PTD):
-            self._sums_PTD.resize_(2 * len(self._sums_PTD), *self._sums_PTD.shape[1:])
+            kept_PTD = self._sums_PTD
+            self._sums_PTD = kept_PTD.new_empty(2 * len(kept_PTD), *kept_PTD.shape[1:])
+            self._sums_PTD[: len(kept_PTD)] = kept_PTD
         return len(self._known)
