@@ -13,10 +13,11 @@ from latent_tts.results.run_folder import read_rollouts
 
 HERE = Path(__file__).parents[1] / "helpers"
 LINES = [
-    ["model=demo_coconut", "sampler=gaussian", "keep_latents=true"],
-    ["model=demo_colar", "sampler=gaussian"],
-    ["model=demo_cot", "sampler=greedy", "answer.temperature=1"],
-    ["model=demo_coconut", "sampler=dropout", "sampler.where=[prompt,thoughts,answer]"],
+    ["model=demo_coconut", "sampler=gaussian", "budget=fixed", "keep_latents=true"],
+    ["model=demo_coconut", "sampler=gaussian", "budget=adaptive", "budget.round=1"],
+    ["model=demo_colar", "sampler=gaussian", "budget=fixed"],
+    ["model=demo_cot", "sampler=greedy", "budget=fixed", "answer.temperature=1"],
+    ["model=demo_coconut", "sampler=dropout", "budget=fixed", "sampler.where=[prompt,thoughts,answer]"],
 ]
 
 
@@ -45,7 +46,7 @@ def test_tests_for_a_gpu_need_no_package_that_they_do_not_use(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("line", LINES, ids=" ".join)
 def test_a_run_of_replayed_graphs_draws_the_rollouts_of_the_cpu(ltts, place, line):
-    line = ["run", "task.limit=12", "n=4", "engine.rows=8", "max_answer_tokens=4", "budget=fixed", *line]
+    line = ["run", "task.limit=12", "n=4", "engine.rows=8", "max_answer_tokens=4", *line]
     assert ltts(*line, "engine.device=cpu", "paths.cache=here", "hydra.run.dir=cpu").code == 0
     run_there("played_gpu.py", *line, "engine.device=cuda", "engine.graph=on", "paths.cache=there", "hydra.run.dir=gpu")
     here, there = (read_rollouts(place / name) for name in ("cpu", "gpu"))

@@ -1,7 +1,9 @@
 """Budgets that look at rollouts: `ltts run` draws what `ltts replay` would have drawn, and ends where it does."""
 
+import gc
 import json
 import threading
+import weakref
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from refusal import check_refused
 
 from latent_tts import cli
 from latent_tts.checkpoint.adapter import CheckpointAdapter
+from latent_tts.engine.rollout import Engine
+from latent_tts.pipeline import models
 from latent_tts.results.run_folder import BUDGET_COLUMNS, read_metrics
 
 N = 12
@@ -140,6 +144,29 @@ def test_the_vote_of_lockout_is_that_of_all_rollouts_and_costs_fewer(ltts, famil
     assert "majority" in compared.out
     assert "coverage" not in compared.out
     assert " 0.0 [" in compared.out
+
+
+def test_rounds_share_an_engine_with_its_recordings_which_goes_with_its_model(ltts, family, monkeypatch):
+    opened, alive, load = [], [], CheckpointAdapter.load
+
+    def open_engine(*parts):
+        engine = Engine(*parts[:2])
+        opened.append(weakref.ref(engine))
+        return engine
+
+    def watched_load(adapter, **how):
+        gc.collect()
+        alive.append([engine() is not None for engine in opened])
+        return load(adapter, **how)
+
+    monkeypatch.setattr(models, "_loaded", {})
+    monkeypatch.setattr(models, "open_engine", open_engine)
+    monkeypatch.setattr(CheckpointAdapter, "load", watched_load)
+    line = ["run", *family, "budget=adaptive", "budget.round=1"]
+    for dtype in ("float32", "bfloat16"):
+        assert ltts(*line, f"engine.dtype={dtype}", f"hydra.run.dir={dtype}").code == 0
+    assert alive == [[], [False]]
+    assert len(opened) == 2
 
 
 def test_rounds_go_on_from_the_cache_and_a_refresh_draws_each_rollout_once(ltts, family):

@@ -18,7 +18,7 @@ from latent_tts.engine.packing import RolloutJob, default_rows, question_ids, re
 from latent_tts.engine.rollout import Rollouts
 from latent_tts.engine.scoring import LatentScorer
 from latent_tts.pipeline.keys import score_key
-from latent_tts.pipeline.models import load_scorer_of, open_scorer
+from latent_tts.pipeline.models import open_scorer_of
 from latent_tts.pipeline.spec import EngineSettings, RunSpec
 from latent_tts.results.cache import MEASURED, NOT_DECODED
 from latent_tts.results.files import settings_digest
@@ -96,7 +96,7 @@ class BatchScorer:
     @cached_property
     def model(self) -> LatentScorer:
         """The loaded model."""
-        return open_scorer(load_scorer_of(self._spec), self._spec.engine)
+        return open_scorer_of(self._spec)
 
     @cached_property
     def digest(self) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.engine import quantization
 from latent_tts.engine.device import is_gpu, resolve_device
-from latent_tts.engine.draft import DraftHead
+from latent_tts.engine.draft import DraftHead, load_draft
 from latent_tts.engine.graph_scoring import GraphScorer
 from latent_tts.engine.graphs import GraphEngine
 from latent_tts.engine.proof import prove_reasoner, prove_reward_model
@@ -28,7 +28,8 @@ from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.types import Computation, Reasoner, RewardModel
 
 log = logging.getLogger(__name__)
-_loaded: dict[str, tuple[tuple[str | None, ...], Any]] = {}
+_loaded: dict[str, tuple[tuple[Any, ...], Any]] = {}
+_DEPENDENT = {"model": "engine", "scorer": "scorer's engine"}  # dropped with a model, which they would hold
 WORDS = {  # of a `Computation`, in a warning
     "shared-prefix": "shared-prefix attention",
     "transformers": "transformers' own attention and cache, which is slower",
@@ -118,9 +119,10 @@ def _keep_proven(
     return replace(model, computation=_keep(f"{kind}'s proof", (*key, str(longest)), computation))
 
 
-def _keep(kind: str, key: tuple[str | None, ...], make: Callable[[], Any]) -> Any:
+def _keep(kind: str, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
     if kind not in _loaded or _loaded[kind][0] != key:
-        _loaded.pop(kind, None)
+        for gone in (kind, _DEPENDENT.get(kind, kind)):
+            _loaded.pop(gone, None)
         _loaded[kind] = key, make()
     return _loaded[kind][1]
 
@@ -170,6 +172,29 @@ def open_scorer(model: RewardModel, settings: EngineSettings) -> LatentScorer:
     """
     recordings = open_recordings(settings, str(model.backbone.device), SCORES_SHARE)
     return LatentScorer(model) if recordings is None else GraphScorer(model, recordings)
+
+
+def open_engine_of(spec: RunSpec) -> Engine:
+    """The engine of a run; the last one is kept with its recordings, which the next round of a budget replays.
+
+    Raises:
+        RunError: see `open_engine`.
+    """
+    reasoner = load_reasoner_of(spec)
+    plan = rollout_plan(spec.adapter, spec.max_answer_tokens, spec.schedule, spec.forced_ids)
+
+    def make() -> Engine:
+        draft = None if spec.draft is None else load_draft(spec.draft.path, spec.draft.record, reasoner.lm.device)
+        return open_engine(reasoner, plan, spec.engine, draft)
+
+    return _keep("engine", (id(reasoner.lm), reasoner.computation, plan, spec.engine, spec.draft), make)
+
+
+def open_scorer_of(spec: RunSpec) -> LatentScorer:
+    """The scorer of a run; see `open_engine_of`."""
+    model = load_scorer_of(spec)
+    key = id(model.backbone), model.computation, spec.engine
+    return _keep("scorer's engine", key, partial(open_scorer, model, spec.engine))
 
 
 def refuse_graphs(settings: EngineSettings, why: str) -> None:

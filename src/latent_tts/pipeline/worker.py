@@ -29,7 +29,6 @@ from latent_tts.engine.device import (
     warn_of_halving,
 )
 from latent_tts.engine.diversity import DirectionSums
-from latent_tts.engine.draft import load_draft
 from latent_tts.engine.packing import RolloutJob, batches, max_prompts, question_ids, require_finite, row_bytes
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.errors import require
@@ -48,10 +47,8 @@ from latent_tts.pipeline.code import DRAWING
 from latent_tts.pipeline.keys import latents_key
 from latent_tts.pipeline.models import (
     find_device,
-    load_reasoner_of,
-    open_engine,
+    open_engine_of,
     refuse_graphs,
-    rollout_plan,
 )
 from latent_tts.pipeline.progress import batch_progress
 from latent_tts.pipeline.spec import RunSpec, reserved_positions
@@ -290,11 +287,7 @@ class Drawer:
     @cached_property
     def engine(self) -> Engine:
         """The loaded reasoner."""
-        spec = self.spec
-        plan = rollout_plan(spec.adapter, spec.max_answer_tokens, spec.schedule, spec.forced_ids)
-        reasoner = load_reasoner_of(spec)
-        draft = None if spec.draft is None else load_draft(spec.draft.path, spec.draft.record, reasoner.lm.device)
-        return open_engine(reasoner, plan, spec.engine, draft)
+        return open_engine_of(self.spec)
 
     @cached_property
     def scorer(self) -> BatchScorer:
