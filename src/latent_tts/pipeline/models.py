@@ -23,13 +23,14 @@ from latent_tts.errors import RunError, UsageError, require
 from latent_tts.pipeline.code import PACKAGE
 from latent_tts.pipeline.keys import own_fields
 from latent_tts.pipeline.spec import EngineSettings, RunSpec, exit_ids
+from latent_tts.sampler import Sampler
 from latent_tts.schedule import Schedule
 from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.types import Computation, Reasoner, RewardModel
 
 log = logging.getLogger(__name__)
 _loaded: dict[str, tuple[tuple[Any, ...], Any]] = {}
-_DEPENDENT = {"model": "engine", "scorer": "scorer's engine"}  # dropped with a model, which they would hold
+_HOLDERS = {"model": "engine", "scorer": "scorer's engine"}  # go with the model that they hold
 WORDS = {  # of a `Computation`, in a warning
     "shared-prefix": "shared-prefix attention",
     "transformers": "transformers' own attention and cache, which is slower",
@@ -121,7 +122,7 @@ def _keep_proven(
 
 def _keep(kind: str, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
     if kind not in _loaded or _loaded[kind][0] != key:
-        for gone in (kind, _DEPENDENT.get(kind, kind)):
+        for gone in (kind, _HOLDERS.get(kind, kind)):
             _loaded.pop(gone, None)
         _loaded[kind] = key, make()
     return _loaded[kind][1]
@@ -174,24 +175,31 @@ def open_scorer(model: RewardModel, settings: EngineSettings) -> LatentScorer:
     return LatentScorer(model) if recordings is None else GraphScorer(model, recordings)
 
 
+def sampler_of(spec: RunSpec) -> Sampler:
+    """The sampler of a run over its way to choose answers, the same object in all rounds of a budget."""
+    return _keep("sampler", (id(spec.sampler), spec.answers), partial(spec.answers.over, spec.sampler))
+
+
 def open_engine_of(spec: RunSpec) -> Engine:
-    """The engine of a run; the last one is kept with its recordings, which the next round of a budget replays.
+    """The engine of a run, the same in all rounds of a budget, so that later ones replay what earlier ones recorded.
+
+    Recordings are of a sampler, so another one has another engine.
 
     Raises:
         RunError: see `open_engine`.
     """
-    reasoner = load_reasoner_of(spec)
+    reasoner, sampler = load_reasoner_of(spec), sampler_of(spec)
     plan = rollout_plan(spec.adapter, spec.max_answer_tokens, spec.schedule, spec.forced_ids)
 
     def make() -> Engine:
         draft = None if spec.draft is None else load_draft(spec.draft.path, spec.draft.record, reasoner.lm.device)
         return open_engine(reasoner, plan, spec.engine, draft)
 
-    return _keep("engine", (id(reasoner.lm), reasoner.computation, plan, spec.engine, spec.draft), make)
+    return _keep("engine", (id(reasoner.lm), reasoner.computation, plan, spec.engine, spec.draft, id(sampler)), make)
 
 
 def open_scorer_of(spec: RunSpec) -> LatentScorer:
-    """The scorer of a run; see `open_engine_of`."""
+    """The scorer of a run, with its recordings; the last one is kept."""
     model = load_scorer_of(spec)
     key = id(model.backbone), model.computation, spec.engine
     return _keep("scorer's engine", key, partial(open_scorer, model, spec.engine))

@@ -49,6 +49,7 @@ from latent_tts.pipeline.models import (
     find_device,
     open_engine_of,
     refuse_graphs,
+    sampler_of,
 )
 from latent_tts.pipeline.progress import batch_progress
 from latent_tts.pipeline.spec import RunSpec, reserved_positions
@@ -281,7 +282,7 @@ class Drawer:
         while self._max_bytes is not None and self.rows > 1 and self.rows * self.bytes_per_row > self._max_bytes:
             self.rows //= 2
         self.rates = measured_rates(spec.shape.width, spec.engine.dtype, self.device)
-        self._sampler = spec.answers.over(spec.sampler)
+        self._sampler = sampler_of(spec)
         self._computed = 0  # batches
 
     @cached_property
