@@ -1,4 +1,4 @@
-"""Loaded models, kept for the next job of a sweep; the device they are on."""
+"""Loaded models, kept for the next job of a sweep, with their engines; the device they are on."""
 
 from __future__ import annotations
 
