@@ -6,6 +6,7 @@ import threading
 import weakref
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -18,9 +19,11 @@ from refusal import check_refused
 
 from latent_tts import cli
 from latent_tts.checkpoint.adapter import CheckpointAdapter
+from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.engine.rollout import Engine
 from latent_tts.pipeline import models
 from latent_tts.results.run_folder import BUDGET_COLUMNS, read_metrics
+from latent_tts.sampler.greedy import Greedy
 
 N = 12
 # of twelve rollouts most are 42, so that some questions stop early and others do not
@@ -167,6 +170,18 @@ def test_rounds_share_an_engine_with_its_recordings_which_goes_with_its_model(lt
         assert ltts(*line, f"engine.dtype={dtype}", f"hydra.run.dir={dtype}").code == 0
     assert alive == [[], [False]]
     assert len(opened) == 2
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rounds_share_a_sampler_and_an_engine_goes_with_its_sampler(monkeypatch, temperature):
+    monkeypatch.setattr(models, "_loaded", {})
+    one, other = (SimpleNamespace(sampler=Greedy(), answers=AnswerSampling(temperature)) for _ in range(2))
+    kept = models.sampler_of(one)
+    models._loaded["engine"] = (), None
+    assert models.sampler_of(one) is kept
+    assert "engine" in models._loaded
+    assert models.sampler_of(other) is not kept
+    assert "engine" not in models._loaded
 
 
 def test_rounds_go_on_from_the_cache_and_a_refresh_draws_each_rollout_once(ltts, family):

@@ -30,7 +30,8 @@ from latent_tts.types import Computation, Reasoner, RewardModel
 
 log = logging.getLogger(__name__)
 _loaded: dict[str, tuple[tuple[Any, ...], Any]] = {}
-_HOLDERS = {"model": "engine", "scorer": "scorer's engine"}  # go with the model that they hold
+# what holds a model, or recordings of a sampler, goes with it
+_HOLDERS = {"model": "engine", "sampler": "engine", "scorer": "scorer's engine"}
 WORDS = {  # of a `Computation`, in a warning
     "shared-prefix": "shared-prefix attention",
     "transformers": "transformers' own attention and cache, which is slower",
@@ -176,26 +177,27 @@ def open_scorer(model: RewardModel, settings: EngineSettings) -> LatentScorer:
 
 
 def sampler_of(spec: RunSpec) -> Sampler:
-    """The sampler of a run over its way to choose answers, the same object in all rounds of a budget."""
+    """The sampler of a run over its way to choose answers, the same object in all rounds of a budget.
+
+    The engine of another one is dropped, with its recordings.
+    """
     return _keep("sampler", (id(spec.sampler), spec.answers), partial(spec.answers.over, spec.sampler))
 
 
 def open_engine_of(spec: RunSpec) -> Engine:
     """The engine of a run, the same in all rounds of a budget, so that later ones replay what earlier ones recorded.
 
-    Recordings are of a sampler, so another one has another engine.
-
     Raises:
         RunError: see `open_engine`.
     """
-    reasoner, sampler = load_reasoner_of(spec), sampler_of(spec)
+    reasoner = load_reasoner_of(spec)
     plan = rollout_plan(spec.adapter, spec.max_answer_tokens, spec.schedule, spec.forced_ids)
 
     def make() -> Engine:
         draft = None if spec.draft is None else load_draft(spec.draft.path, spec.draft.record, reasoner.lm.device)
         return open_engine(reasoner, plan, spec.engine, draft)
 
-    return _keep("engine", (id(reasoner.lm), reasoner.computation, plan, spec.engine, spec.draft, id(sampler)), make)
+    return _keep("engine", (id(reasoner.lm), reasoner.computation, plan, spec.engine, spec.draft), make)
 
 
 def open_scorer_of(spec: RunSpec) -> LatentScorer:

@@ -45,12 +45,7 @@ from latent_tts.pipeline.batch import (
 )
 from latent_tts.pipeline.code import DRAWING
 from latent_tts.pipeline.keys import latents_key
-from latent_tts.pipeline.models import (
-    find_device,
-    open_engine_of,
-    refuse_graphs,
-    sampler_of,
-)
+from latent_tts.pipeline.models import find_device, open_engine_of, refuse_graphs, sampler_of
 from latent_tts.pipeline.progress import batch_progress
 from latent_tts.pipeline.spec import RunSpec, reserved_positions
 from latent_tts.pipeline.worker_checks import work_of
@@ -274,6 +269,7 @@ class Drawer:
             refuse_graphs(spec.engine, f"search={spec.search.name} forks its rollouts")
         if not spec.schedule.stepwise or spec.schedule.exit is not None:
             refuse_graphs(spec.engine, f"schedule={spec.schedule.name} decides on the way what it computes")
+        self._sampler = sampler_of(spec)  # before free memory is asked for
         self.own_prompt = "prompt" in spec.sampler.random_phases
         self.bytes_per_row = self._bytes_per_row(longest)
         self.rows = rows_per_batch(spec.engine, spec.shape, self.bytes_per_row, self.device, own_prompt=self.own_prompt)
@@ -282,7 +278,6 @@ class Drawer:
         while self._max_bytes is not None and self.rows > 1 and self.rows * self.bytes_per_row > self._max_bytes:
             self.rows //= 2
         self.rates = measured_rates(spec.shape.width, spec.engine.dtype, self.device)
-        self._sampler = sampler_of(spec)
         self._computed = 0  # batches
 
     @cached_property
